@@ -100,7 +100,6 @@ class EKFAC(RateWeighted):
     checkpoints: Literal["all", "last"] = "all"
 
     def model_post_init(self, _context: object) -> None:
-        """Refuse what does not go together."""
         super().model_post_init(_context)
         if self.conjugate_gradient and self.labels == "data":
             raise ConfigError(
@@ -117,7 +116,6 @@ class EKFAC(RateWeighted):
         return f"EK-FAC ({', '.join(parts)})" if parts else "EK-FAC"
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
-        """As others, and how factors are made."""
         return {**super().inputs(pool), **revisions("kronecker")}
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:

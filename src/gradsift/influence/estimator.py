@@ -289,7 +289,6 @@ class RateWeighted(Estimator):
     """Sums over checkpoints, each of which counts by its learning rate."""
 
     def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
-        """η̄_e / Σ η̄."""
         return rate_weights(checkpoints)
 
     def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:

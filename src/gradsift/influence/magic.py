@@ -85,7 +85,6 @@ class MAGIC(SmoothTraining, Estimator):
     record: str | None = later(None)
 
     def model_post_init(self, context: object) -> None:
-        """Refuse what does not go together."""
         super().model_post_init(context)
         ours = ("epochs", "learning_rate", "warmup_ratio", "eps_root", "fraction", "seeds")
         changed = [name for name in ours if getattr(self, name) != type(self).model_fields[name].default]

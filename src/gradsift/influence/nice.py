@@ -127,7 +127,6 @@ class PolicyEstimator(ProductEstimator):
         return []
 
     def targets(self, pool: Pool, target: Target) -> PolicyTargets:
-        """The policy gradients of each checkpoint."""
         if not isinstance(target, PromptTarget):
             raise no_reward(self)
         target.check_reward()

@@ -89,7 +89,6 @@ class SmoothRecord(Record):
     seed: int  # of the adapter's A matrices
 
     def config(self, pool: Pool) -> dict[str, Any]:
-        """That of the training, and its steps."""
         data = pool.training
         ids = [data.ids[int(row)] for row in np.unique(np.concatenate(self.batches))]
         return {
@@ -100,7 +99,6 @@ class SmoothRecord(Record):
         }
 
     def adapted(self, pool: Pool) -> AbstractContextManager[Any]:
-        """A fresh adapter."""
         from gradsift.warmup.trainer import adapter_on
 
         return adapter_on(host(pool.model, pool.dtype, pool.device).base(), self.training, self.seed)

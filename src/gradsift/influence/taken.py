@@ -48,7 +48,6 @@ class TakenRecord(Record):
 
     @contextmanager
     def adapted(self, pool: Pool) -> Iterator[Any]:
-        """The adapter that the trainer began with."""
         one = host(pool.model, pool.dtype, pool.device)
         network = one.with_adapter(self.recording.start)
         try:
@@ -67,7 +66,6 @@ class TakenRecord(Record):
 
     @property
     def warning(self) -> str | None:
-        """Rows that the pool does not have."""
         if not self.outside:
             return None
         return (
@@ -140,12 +138,10 @@ class TakenPairs(TakenRecord):
         ]
 
     def shares(self, step: int) -> Tensor:
-        """As recorded."""
         own = self.recording.shares[step]
         return torch.from_numpy(own[own > 0])
 
     def rider_shares(self, step: int, data: Dataset) -> Tensor:
-        """The mean one."""
         return self.shares(step).mean().expand(len(self.riders[step]))
 
     def dpo(self, step: int, data: Dataset, network: Network) -> DPO:

@@ -42,7 +42,6 @@ class Aide(Selector):
         return f"AIDE ({', '.join(options)})" if options else "AIDE"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """By the cosines of their rows with each other and with the target."""
         pool = candidates.ranked(self.order, budget)
         influence = pool.scores.abs() if self.influence == "raw" else min_max(pool.scores.abs())
         if self.diversity == "mean_pairwise_distance":

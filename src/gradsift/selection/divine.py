@@ -39,7 +39,6 @@ class Divine(Selector):
         return label_of("DIVINE", self.order)
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """By the cosines of their rows."""
         pool = candidates.ranked(self.order, budget)
         importance = min_max(naive_key(pool.scores, self.order))
         return pool.pool_positions(divine(importance, 1.0 - pool.cosine, budget=budget))

@@ -42,7 +42,6 @@ class FacilityLocation(Selector):
         return f"{label_of('FL', self.order)}{shifted} λ={self.trade_off:g}"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """By the cosines of their rows."""
         pool = candidates.ranked(self.order, budget, self.candidates)
         picks = facility_location(
             similarity_from_cosines(pool.cosine, self.similarity),

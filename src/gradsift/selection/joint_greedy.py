@@ -44,7 +44,6 @@ class JointGreedy(Selector):
             )
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """From the stored rows that the scores were made from."""
         scores, pool, target = candidates.whole()
         made = scores.method.greedy_terms()
         assert made is not None, "see `check`"

@@ -32,26 +32,16 @@ RECORDING_FILE = "recording.json"
 
 
 class RecordingInfo(Record):
-    """How a training was done.
+    """How a training was done."""
 
-    files:      with how many steps of each, in order
-    parameters: names of what is trained, as PEFT writes them, in the model's order
-    optimizer:  betas, eps, weight_decay, and max_grad_norm (None clips nothing)
-    weights:    type of the base's
-    autocast:   the type that the trainer ran layers in; None is the weights'
-    dropout:    the largest probability of any layer, and the seed of the generator that draws
-    beta:       of TRL's DPOTrainer; None of a training on single answers
-    obstacles:  why the steps cannot be taken again, in words
-    """
-
-    files: dict[str, int]
-    parameters: list[str]
-    optimizer: dict[str, Any]
-    weights: str
-    autocast: str | None
-    dropout: dict[str, Any]
-    obstacles: list[str]
-    beta: float | None = None
+    files: dict[str, int]  # with how many steps of each, in order
+    parameters: list[str]  # names of what is trained, as PEFT writes them, in the model's order
+    optimizer: dict[str, Any]  # betas, eps, weight_decay, and max_grad_norm (None clips nothing)
+    weights: str  # type of the base's
+    autocast: str | None  # the type that the trainer ran layers in; None is the weights'
+    dropout: dict[str, Any]  # the largest probability of any layer, and the seed of the generator that draws
+    obstacles: list[str]  # why the steps cannot be taken again, in words
+    beta: float | None = None  # of TRL's DPOTrainer; None of a training on single answers
 
 
 @dataclass(frozen=True)

@@ -519,25 +519,15 @@ def _full_direction(
     if pool.run.intact(prefix, pool.reporter) is not None:
         kept = load(pool.run.storage.read(f"{prefix}product.safetensors"))
         return kept["product"], [fingerprint(identity)]
-    direction = _project_product(
-        pool, _full_sum(pool, store, method, checkpoint, left_out), queries, targets, kind, checkpoint
-    )
+    total = store.full_sum()
+    if left_out:  # their own rows are collected for the purpose
+        subset = pool.data.subset(pool.data.positions(left_out))
+        own = pool.collect(subset, checkpoint, [method.view], what="overlap")[method.view].full_sum()
+        total = {name: part - own[name] for name, part in total.items()}
+    direction = _project_product(pool, total, queries, targets, kind, checkpoint)
     pool.run.storage.publish(f"{prefix}product.safetensors", save({"product": direction}))
     pool.run.complete(prefix, "curvature", identity, files=["product.safetensors"])
     return direction, [fingerprint(identity)]
-
-
-def _full_sum(
-    pool: Pool, store: GradientStore, method: JI2S, checkpoint: Checkpoint, left_out: Sequence[str]
-) -> dict[str, Tensor]:
-    """s over the pool but for the ids left out, whose own rows are collected for the purpose and subtracted."""
-    total = store.full_sum()
-    if left_out:
-        subset = pool.data.subset(pool.data.positions(left_out))
-        rows = pool.collect(subset, checkpoint, [method.view], what="overlap")[method.view]
-        for name, part in rows.full_sum().items():
-            total[name] = total[name] - part
-    return total
 
 
 def _project_product(

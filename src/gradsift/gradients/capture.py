@@ -25,6 +25,7 @@ from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence
 from gradsift.gradients.checkpointing import checkpointed_layers
 from gradsift.gradients.folding import Captured, Experts, Fold, find_folds, folded_in
+from gradsift.model.adapters import nothing_trained
 from gradsift.model.loss import Labels, PaddedBatch, head_at, pad
 from gradsift.model.models import input_device, parameter_name
 from gradsift.warmup.checkpoint import trained_parameters
@@ -284,8 +285,6 @@ class Capture:
         """Install the hooks; on leaving, remove them and restore train mode and `requires_grad`."""
         embeddings = _input_embeddings(self.model)
         assert embeddings is not None, f"{type(self.model).__name__} has no input embeddings"
-        required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        training = [(module, module.training) for module in self.model.modules()]
         # Under autocast W + s·B·A would be rounded to the narrow type, and a small B·A be lost in it.
         folds = find_folds(self.model, self.modules) if self.autocast is None else []
         folded = {side for fold in folds for side in (fold.a, fold.b)}
@@ -301,20 +300,13 @@ class Capture:
                 for module in dict.fromkeys(module for c in run_again for module in (c.module, *c.also)):
                     used = [c for c in run_again if module in (c.module, *c.also)]
                     handles.append(module.register_forward_hook(self._again_hook(used), with_kwargs=True))
-                self.model.eval()
-                for parameter, _ in required:
-                    parameter.requires_grad_(False)
             layers = checkpointed_layers(self.model) if self.checkpointing else nullcontext()
-            with layers, folded_in(folds), head_at(self.model) as self._head:
+            with nothing_trained(self.model), layers, folded_in(folds), head_at(self.model) as self._head:
                 yield self
         finally:
             with interruption.held():
                 for handle in handles:
                     handle.remove()
-                for parameter, flag in required:
-                    parameter.requires_grad_(flag)
-                for module, flag in training:
-                    module.training = flag
                 self._latest = None
 
     def run(

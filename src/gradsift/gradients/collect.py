@@ -25,7 +25,6 @@ from gradsift.data.pairs import Pairs
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
 from gradsift.gradients.background import to_host, write, writing_in_background
-from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.exact import ExactProducts, Side
 from gradsift.gradients.folding import Captured
@@ -33,6 +32,7 @@ from gradsift.gradients.projection import Projection, Projector, projector_of
 from gradsift.gradients.rows import RowSettings, ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
 from gradsift.model.adapters import refuse_untrained
+from gradsift.model.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
 from gradsift.model.models import DtypeName, files_now, host, model_identity, trains_more
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns, file_of
 from gradsift.store.manifest import fingerprint
@@ -185,6 +185,18 @@ class AtCheckpoint:
         modules = find_modules(network, self.settings.modules).captured
         budget = self.settings.token_budget or automatic_token_budget(network)
         return network, modules, min(budget, place.token_limit or budget)
+
+    def check(self, run: Run, network: Any, rows: SequenceABC[Sequence]) -> None:
+        """Refuse a model whose gradients the hooks do not see in some rows, before the long work.
+
+        Raises:
+            ModelError: as `self_check`.
+        """
+        settings = self.settings
+        kept_check(
+            run, network, find_modules(network, settings.modules).captured, rows, model=self.model,
+            pattern=settings.modules, autocast=settings.autocast_type, checkpointing=settings.gradient_checkpointing,
+        )  # fmt: skip
 
     def remember(self, begun: int, fits: int) -> None:
         """Where batches were cut from so many padded tokens to fewer, later passes over the model begin with those."""
@@ -478,8 +490,8 @@ class _Part:
         # What rows and the company they are computed in depend on, beside what the store is.
         self._note = fingerprint(
             [
-                spec.source.ids[spec.start : spec.stop], sorted(spec.stores), spec.cut.token_budget, spec.cut.lanes,
-                spec.at.settings.module_groups, sorted(spec.left_out),
+                "by row", spec.source.ids[spec.start : spec.stop], sorted(spec.stores), spec.cut.token_budget,
+                spec.cut.lanes, spec.at.settings.module_groups, sorted(spec.left_out),
             ]
         )  # fmt: skip
         self._saved_at, self._cost, self.there = time.monotonic(), 0.0, False
@@ -612,23 +624,6 @@ class _Engine:
         self.at.remember(budget, result.token_budget)
         return result
 
-    def check(self, run: Run, source: SequenceSource) -> None:
-        """Refuse a model whose gradients the hooks do not see, before the long work.
-
-        Raises:
-            ModelError: as `self_check`.
-        """
-        kept_check(
-            run,
-            self.network,
-            self.modules.captured,
-            source.sequences(0, min(len(source.ids), _PROBE_ROWS)),
-            model=self.at.model,
-            pattern=self.settings.modules,
-            autocast=self.settings.autocast_type,
-            checkpointing=self.settings.gradient_checkpointing,
-        )
-
     def shard_rows(self, mean_tokens: float, views: int) -> int:
         """Rows per shard that take about two minutes and whose rows the device holds until they are written."""
         row_bytes = self.projector.dim * self.projector.dtype.itemsize * views
@@ -708,7 +703,7 @@ class _Preparation(_Work):
         if "adam" in self.views:
             engine.adam()
         source, settings = self.source, self.at.settings
-        engine.check(self.run, source)
+        self.at.check(self.run, engine.network, source.sequences(0, min(len(source.ids), _PROBE_ROWS)))
         lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget, engine.modules.captured)
         mean = max(1.0, sum(source.token_counts()) / max(1, len(source.ids)))
         layout = {

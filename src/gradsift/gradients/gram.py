@@ -12,9 +12,9 @@ import psutil
 from gradsift.base.lazy import Tensor
 from gradsift.base.progress import Advance, Reporter
 from gradsift.execution.engine import Engine
-from gradsift.gradients.batching import automatic_lanes
 from gradsift.gradients.collect import AtCheckpoint, SequenceSource, _Cut, _Work
 from gradsift.gradients.exact import Side
+from gradsift.model.batching import automatic_lanes
 from gradsift.store.run import Run
 
 Products = Mapping[tuple[Side, Side], Tensor]

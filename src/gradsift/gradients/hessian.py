@@ -17,10 +17,10 @@ import numpy as np
 from gradsift.base.errors import ShapeError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence
-from gradsift.gradients.batching import form_batches
 from gradsift.gradients.capture import Capture
 from gradsift.gradients.folding import Captured
 from gradsift.model.adapters import nothing_trained
+from gradsift.model.batching import form_batches
 from gradsift.model.loss import PaddedBatch, SupervisedHead, head_at, pad
 
 Curvature = Literal["fisher", "hvp", "ggn"]

@@ -24,9 +24,9 @@ import numpy as np
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.memory import is_out_of_memory
 from gradsift.base.types import Sequence
-from gradsift.gradients.batching import Batch, Budget, Unit
 from gradsift.gradients.capture import Capture, Consume, ConsumeFactors
 from gradsift.gradients.folding import Captured, Experts
+from gradsift.model.batching import Batch, Budget, Unit
 from gradsift.model.loss import Labels
 
 _RECENT = 4  # of which the inputs are held: between those of q and k stand what LoRA's B of each gets

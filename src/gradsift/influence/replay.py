@@ -20,18 +20,16 @@ from gradsift.base.errors import CorruptError, ModelError, NonFiniteError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.progress import Reporter
 from gradsift.base.types import Sequence
+from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
-from gradsift.data.pairs import Pairs
-from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.influence.metagradient import Adam, Adjoint, Reverse, State, flat, in_parts
+from gradsift.model.batching import automatic_token_budget, form_batches
 from gradsift.model.loss import DPO, PaddedBatch, SupervisedHead, head_at, pad
-from gradsift.model.models import DtypeName
 from gradsift.store.manifest import Record as ManifestRecord
 from gradsift.store.manifest import fingerprint, read_if_whole
 from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import Checkpoint
-from gradsift.warmup.preferences import referred
 from gradsift.warmup.train import publish_adapter
 
 _SAVE_SECONDS = 20.0  # the work that a killed way back loses at most
@@ -61,11 +59,11 @@ class Record(ABC):
         return len(self.batches)
 
     @abstractmethod
-    def config(self, data: Dataset, model: str, dtype: DtypeName) -> dict[str, Any]:
+    def config(self, pool: Pool) -> dict[str, Any]:
         """What the training depends on; JSON-able, without the riders, who change nothing."""
 
     @abstractmethod
-    def adapted(self, model: str, dtype: DtypeName, device: str) -> AbstractContextManager[Any]:
+    def adapted(self, pool: Pool) -> AbstractContextManager[Any]:
         """The model with the adapter as the training begins, whose parameters alone require gradients."""
 
     def sequences(self, step: int, data: Dataset) -> list[Sequence]:
@@ -213,9 +211,7 @@ class Network:
         self, sequences: SequenceABC[Sequence], budget: int, dpo: DPO | None = None
     ) -> Iterator[tuple[PaddedBatch, Tensor]]:
         """Batches, and the row of each of their sequences; with `dpo` a pair is never divided."""
-        if dpo is not None:
-            budget = max(budget, 2 * max((len(sequence.token_ids) for sequence in sequences), default=0))
-        for batch in form_batches(sequences, budget):
+        for batch in form_batches(sequences, budget, whole=dpo is not None):
             rows = torch.tensor([sequence.row for sequence in batch.sequences], device=self._device)
             yield pad(batch.sequences, self._device), rows
 
@@ -320,32 +316,21 @@ class Replay:
     interrupted goes on from the last step that was kept.
 
     Args:
-        run, data, model, dtype, device: as of the pool.
+        pool: whose training rows it is on.
         record: the training.
-        budget: bytes that may be kept on disk for it.
-        reporter: where progress goes.
+        memory: GiB that may be kept on disk for it.
         what: the word for this training in messages.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        data: Dataset,
-        record: Record,
-        *,
-        model: str,
-        dtype: DtypeName,
-        device: str,
-        budget: float,
-        reporter: Reporter,
-        what: str = "MAGIC's training",
-    ) -> None:
-        self.run, self.data, self.record, self.reporter, self.what = run, data, record, reporter, what
-        self._model, self._dtype, self._device, self._budget = model, dtype, device, budget
-        self.config = record.config(data, model, dtype)
-        self.prefix = run.prefix("replays", self.config)
+    def __init__(self, pool: Pool, record: Record, *, memory: float, what: str = "MAGIC's training") -> None:
+        self.run, self.data, self.record, self.reporter, self.what = (
+            pool.run, pool.training, record, pool.reporter, what
+        )  # fmt: skip
+        self._pool, self._budget = pool, memory * 2**30
+        self.config = record.config(pool)
+        self.prefix = pool.run.prefix("replays", self.config)
         # Of the data, and one for all that is trained on beside them.
-        self._rows = max(len(data), 1 + max(int(batch.max()) for batch in record.batches))
+        self._rows = max(len(self.data), 1 + max(int(batch.max()) for batch in record.batches))
         self._stride = math.isqrt(len(record) - 1) + 1
         self._riders = fingerprint([beside.tolist() for beside in record.riders])
 
@@ -374,10 +359,8 @@ class Replay:
     @contextmanager
     def network(self) -> Iterator[Network]:
         """The model with the adapter as the training begins."""
-        if isinstance(self.data, Pairs):
-            place: dict[str, Any] = {"model": self._model, "dtype": self._dtype, "device": self._device}
-            self.data = referred(self.run, self.data, **place, reporter=self.reporter)
-        with self.record.adapted(self._model, self._dtype, self._device) as model, head_at(model) as head:
+        self.data = self._pool.referred(self.data)
+        with self.record.adapted(self._pool) as model, head_at(model) as head:
             model.eval()
             yield Network(model, head)
 

@@ -17,14 +17,13 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Gibibytes, Settings
 from gradsift.base.types import Sequence
 from gradsift.context import Pool
-from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.gradients.collect import SequenceSource
-from gradsift.gradients.losses import row_losses
 from gradsift.influence.metagradient import Adam
 from gradsift.influence.replay import Network, Positions, Record, Replay
 from gradsift.model.loss import DPO
-from gradsift.model.models import DtypeName, host
+from gradsift.model.losses import row_losses
+from gradsift.model.models import host
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.train import Training, effective_batch_size, epoch_order, train, training_config
 
@@ -77,13 +76,9 @@ class SmoothTraining(Settings):
 
     def replay(self, pool: Pool, ids: SequenceABC[str], beside: SequenceABC[str], *, seed: int, what: str) -> Replay:
         """A training on some rows, sorted by their ids, while others ride along; nothing is trained yet."""
-        rows = pool.training
-        own, others = rows.positions(ids), rows.positions(beside)
+        own, others = pool.training.positions(ids), pool.training.positions(beside)
         record = recorded(self.training(pool), own, others, seed=seed, eps_root=self.eps_root)
-        return Replay(
-            pool.run, rows, record, model=pool.model, dtype=pool.dtype, device=pool.device,
-            budget=self.memory * 2**30, reporter=pool.reporter, what=what,
-        )  # fmt: skip
+        return Replay(pool, record, memory=self.memory, what=what)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,21 +92,22 @@ class SmoothRecord(Record):
     training: Training
     seed: int
 
-    def config(self, data: Dataset, model: str, dtype: DtypeName) -> dict[str, Any]:
+    def config(self, pool: Pool) -> dict[str, Any]:
         """That of the training, and its steps."""
+        data = pool.training
         ids = [data.ids[int(row)] for row in np.unique(np.concatenate(self.batches))]
         return {
-            **training_config(data, ids, self.training, model=model, dtype=dtype, seed=self.seed),
+            **training_config(data, ids, self.training, model=pool.model, dtype=pool.dtype, seed=self.seed),
             "optimizer": asdict(self.optimizer) | {"betas": list(self.optimizer.betas)},
             "batches": fingerprint([batch.tolist() for batch in self.batches]),
             "rates": list(self.rates),
         }
 
-    def adapted(self, model: str, dtype: DtypeName, device: str) -> AbstractContextManager[Any]:
+    def adapted(self, pool: Pool) -> AbstractContextManager[Any]:
         """A fresh adapter."""
         from gradsift.warmup.trainer import adapter_on
 
-        return adapter_on(host(model, dtype, device).base(), self.training, self.seed)
+        return adapter_on(host(pool.model, pool.dtype, pool.device).base(), self.training, self.seed)
 
 
 def recorded(

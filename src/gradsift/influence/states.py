@@ -18,10 +18,10 @@ from gradsift.base.progress import Advance
 from gradsift.base.types import Sequence, Skipped
 from gradsift.context import Pool, Target
 from gradsift.data.rows import single_answers
-from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.estimator import Estimator, Influence, Passes, refuse_too_many
+from gradsift.model.batching import automatic_token_budget, form_batches
 from gradsift.model.loss import head_at, pad
 from gradsift.model.models import DtypeName, host, model_identity
 from gradsift.store.run import revisions

@@ -21,7 +21,7 @@ from gradsift.data.pairs import Pairs
 from gradsift.influence.metagradient import Adam, State, flat, in_parts
 from gradsift.influence.replay import Network, Positions, Record, Replay
 from gradsift.model.loss import DPO, label_weights, supervised_count, token_mean
-from gradsift.model.models import DtypeName, host, model_identity, parameter_name
+from gradsift.model.models import host, model_identity, parameter_name
 from gradsift.store.manifest import reading
 from gradsift.warmup.recording import Recording, open_recording
 
@@ -41,19 +41,19 @@ class TakenRecord(Record):
     recording: Recording
     outside: int
 
-    def config(self, data: Dataset, model: str, dtype: DtypeName) -> dict[str, Any]:
+    def config(self, pool: Pool) -> dict[str, Any]:
         """The recording, which has its own data."""
         return {
-            "model": model_identity(model),
-            "model_dtype": dtype,
-            "data": data.fingerprint,
+            "model": model_identity(pool.model),
+            "model_dtype": pool.dtype,
+            "data": pool.training.fingerprint,
             "recording": self.recording.fingerprint,
         }
 
     @contextmanager
-    def adapted(self, model: str, dtype: DtypeName, device: str) -> Iterator[Any]:
+    def adapted(self, pool: Pool) -> Iterator[Any]:
         """The adapter that the trainer began with."""
-        one = host(model, dtype, device)
+        one = host(pool.model, pool.dtype, pool.device)
         network = one.with_adapter(self.recording.start)
         try:
             wanted = set(self.recording.info["parameters"])
@@ -224,11 +224,7 @@ def taken(pool: Pool, folder: str, overlap: Collection[str], *, memory: float, w
         "riders": tuple(riders), "outside": sum(place == len(rows) for place in places.values()),
     }  # fmt: skip
     record = TakenRecord(**options) if beta is None else TakenPairs(**options, beta=beta)
-    replay = Replay(
-        pool.run, rows, record, model=pool.model, dtype=pool.dtype, device=pool.device, budget=memory * 2**30,
-        reporter=pool.reporter, what=what,
-    )  # fmt: skip
-    return replay, sorted(trained)
+    return Replay(pool, record, memory=memory, what=what), sorted(trained)
 
 
 def _places(

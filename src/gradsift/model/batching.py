@@ -12,7 +12,6 @@ import psutil
 from gradsift.base.lazy import torch
 from gradsift.base.memory import empty_device_cache, free_bytes
 from gradsift.base.types import Sequence
-from gradsift.gradients.folding import Captured
 
 _GRADIENT_COPIES = 5  # of a module's gradients: itself, Adam's numerator and denominator, folded and gathered
 _CACHED = 512 * 576  # entries of one activation of a batch at which a CPU is at full speed
@@ -43,15 +42,13 @@ class Batch:
         return len(self.rows) == len(self.sequences)
 
 
-def form_batches(sequences: SequenceABC[Sequence], token_budget: int, sequence_tokens: int = 0) -> list[Batch]:
+def form_batches(
+    sequences: SequenceABC[Sequence], token_budget: int, sequence_tokens: int = 0, *, whole: bool = False
+) -> list[Batch]:
     """Group sequences so that rows × longest ≤ `token_budget`; all sequences of a row stay together where they fit.
 
-    A row whose sequences exceed the budget gets batches of its own, all but the last marked `last=False`.
-
-    Args:
-        sequences: to group.
-        token_budget: padded tokens of a batch.
-        sequence_tokens: what each sequence costs beside its tokens, in tokens.
+    A row whose sequences exceed the budget gets batches of its own, all but the last marked `last=False`; where it is
+    to stay `whole`, one. `sequence_tokens` is what each sequence costs beside its tokens, in tokens.
     """
     units: dict[int, list[Sequence]] = {}
     for sequence in sequences:
@@ -62,7 +59,7 @@ def form_batches(sequences: SequenceABC[Sequence], token_budget: int, sequence_t
     count = longest = 0
     for row, unit in ordered:
         length = max(len(s.token_ids) for s in unit) + sequence_tokens
-        if length * len(unit) > token_budget and len(unit) > 1:
+        if length * len(unit) > token_budget and len(unit) > 1 and not whole:
             size = max(1, token_budget // length)
             parts = [unit[i : i + size] for i in range(0, len(unit), size)]
             batches += [Batch(tuple(p), (row,), (0,) * len(p), last=p is parts[-1]) for p in parts]
@@ -87,7 +84,7 @@ class Budget:
     """
 
     def __init__(self, tokens: int, sequence_tokens: int, device: torch.device) -> None:
-        self.tokens, self._sequence_tokens, self._device = tokens, sequence_tokens, device
+        self.tokens, self._sequence_tokens, self.device = tokens, sequence_tokens, device
 
     def units(self, sequences: SequenceABC[Sequence]) -> list[Unit]:
         """Sequences as batches of today's size."""
@@ -128,7 +125,7 @@ class Budget:
             empty_device_cache()
             whole = waiting.pop(0)
             if len(failed.sequences) == 1:
-                where = f"does not fit in the memory of {self._device} even alone"
+                where = f"does not fit in the memory of {self.device} even alone"
                 leave_out(failed, f"a sequence of {failed.tokens} tokens {where}")
             else:
                 self.tokens = max(1, min(self.tokens, failed.tokens) // 2)
@@ -254,9 +251,7 @@ def sequence_tokens(model: Any, largest_module: int, row_bytes: int) -> int:
     return (_GRADIENT_COPIES * 4 * largest_module + row_bytes) // _activation_bytes(model)
 
 
-def automatic_lanes(
-    model: Any, longest: int, token_budget: int | None = None, modules: SequenceABC[Captured] = ()
-) -> int:
+def automatic_lanes(model: Any, longest: int, token_budget: int | None = None, modules: SequenceABC[Any] = ()) -> int:
     """Batches to run at once: on a CPU one per thread, as far as a third of the free memory holds; on a GPU one, and
     where modules run again, whose parameters then require gradients.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.types import Sequence
-from gradsift.gradients.batching import automatic_token_budget, form_batches
+from gradsift.model.batching import automatic_token_budget, form_batches
 from gradsift.model.loss import head_at, pad, to_device
 from gradsift.model.models import input_device
 

@@ -39,7 +39,6 @@ from gradsift.influence.rewards_shown import prompt_example, rewards_blocks
 from gradsift.influence.shown import score_chart
 from gradsift.jobs.explanation_pages import relevance_page
 from gradsift.jobs.report import outcome_blocks
-from gradsift.jobs.results import Outcome
 from gradsift.report.blocks import (
     Bars,
     Block,
@@ -127,13 +126,11 @@ def report_page(pool: list[dict[str, Any]], budget: int = 24) -> Page:
     main = Examples(tuple(chosen["LESS"]), total=budget, filter="text, id or column value", things="chosen examples")
     controls = [Fold(f"{n}: {budget} examples", (Examples(tuple(own)),)) for n, own in chosen.items() if n != "LESS"]
     by_skill = [(n, Counter(one.columns["skill"] for one in own), budget) for n, own in chosen.items()]
-    outcomes = [
-        Outcome("no training", {"held-out loss": 2.674, "exact answers": 0.083}),
-        Outcome(
-            "LESS", {"held-out loss": 1.412, "exact answers": 0.625}, {"held-out loss": 0.031, "exact answers": 0.04}
-        ),
-        Outcome("random", {"held-out loss": 1.983, "exact answers": 0.333}, {"held-out loss": 0.094}),
-    ]
+    outcomes = {
+        "no training": {"held-out loss": 2.674, "exact answers": 0.083},
+        "LESS": {"held-out loss": 1.412, "exact answers": 0.625},
+        "random": {"held-out loss": 1.983, "exact answers": 0.333},
+    }
     checkpoints = [_earned(f"epoch-{n}", chance) for n, chance in ((1, 0.3), (2, 0.5))]
     rewards = [[float(draw.random() < chance) for _ in range(240)] for chance in (0.3, 0.5)]
     right = RewardedResponse("17 + 25 = 42, so the answer is **42**.", 1.0, "stop", 14, 3)

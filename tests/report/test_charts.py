@@ -51,14 +51,6 @@ def test_charts_to_be_compared_have_one_top() -> None:
     assert picture.count('class="outline"') == 1
 
 
-@given(st.lists(st.tuples(st.text(max_size=5), st.floats(width=32), st.floats(0, 1), st.booleans()), max_size=6))
-def test_dot_chart_draws_any_values(rows: list[tuple[str, float, float, bool]]) -> None:
-    """One dot for every finite value, inside the picture."""
-    centres = re.findall(r'cx="([^"]*)"', drawn(rows=tuple(rows)))
-    assert len(centres) == sum(math.isfinite(value) for _, value, _, _ in rows)
-    assert all(0 <= float(centre) <= 360 for centre in centres)
-
-
 def test_lines_leave_out_what_is_not_finite_and_ticks_that_would_collide() -> None:
     """A point without a number is no point; of two ticks close together the first is written; one point is drawn."""
     nan = float("nan")
@@ -91,7 +83,7 @@ def test_points_lead_where_they_say() -> None:
 
 def test_chart_texts_are_escaped() -> None:
     """Labels and titles cannot close the picture they stand in."""
-    picture = str(charts.chart(Chart('"><script>', rows=(("</svg><script>", 1.0, 0.0, False),))))
+    picture = str(charts.chart(Chart('"><script>', up="</svg><script>", lines=(Line("</g><script>", (Point(1, 1),)),))))
     assert "<script" not in picture
     assert picture.count("</svg>") == 1
 

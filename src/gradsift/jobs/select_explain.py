@@ -13,7 +13,7 @@ import numpy as np
 
 from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.progress import Reporter, silent
-from gradsift.base.types import Example, Skipped, before_answer
+from gradsift.base.types import Example, before_answer
 from gradsift.context import Pool, Target, open_pool, open_target
 from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.formats import BadRowError, read_conversation
@@ -24,7 +24,7 @@ from gradsift.evaluation.arms import REST_OF_TARGET
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mixture import Mixture, mix, sources_of, train_mixtures
 from gradsift.execution.ray import engine_of
-from gradsift.explanation.explain import check_budgets, explain, explained_views, refuse_contrast
+from gradsift.explanation.explain import check_budgets, check_methods, explain, explained_views, refuse_contrast
 from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.table import coefficient_statistics, relevance_table
 from gradsift.gradients.rows import View
@@ -251,6 +251,7 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
     methods = methods_of(recipe)
     for method in methods:
         method.preflight(pool, target)
+    recipe.selection.preflight(pool, target, recipe.estimator)
     collect_together(pool, target, methods, views_beside(recipe))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
@@ -300,6 +301,7 @@ def _check_sizes(result: Result) -> None:
     budget_count(recipe.budget, available) if recipe.drop is None else kept_count(recipe.drop, available)
     if recipe.explain is not None:
         check_budgets(recipe.explain.budgets, len(result.pool.data), recipe.explain.candidates)
+        check_methods(result.pool, recipe.explain.estimators, recipe.explain.strategies)
     for column in recipe.group_by:
         result.pool.data.column(column)
 
@@ -459,8 +461,8 @@ def _asked(prompt: str, output: str | None, instead: str | None) -> Question:
     except BadRowError as error:
         raise DataError(f"--prompt holds messages that make no conversation: {error}") from error
     question = question_of(read.messages, output, instead=instead)
-    unused = [Skipped(question.id, one.reason, one.detail, "--prompt", None, "part", one.part) for one in read.unused]
-    return replace(question, options=read.options, unused=tuple(unused))
+    unused = tuple(replace(one, id=question.id, source="--prompt") for one in read.unused)
+    return replace(question, options=read.options, unused=unused)
 
 
 def say_account(account: Account, what: str, used: int, reporter: Reporter) -> None:

@@ -31,6 +31,7 @@ from gradsift.explanation.explain import (
     OPPOSING,
     RANDOM,
     Explanations,
+    check_methods,
     explained_views,
     kept_explanations,
     shown_budget,
@@ -54,7 +55,6 @@ from gradsift.influence.estimator import (
     target_view,
     views_read,
 )
-from gradsift.influence.less import LESS
 from gradsift.influence.nice import PolicyEstimator, PolicyTargets, sampler_of, takes_reward
 from gradsift.influence.prompts import PromptTarget, missing_rewards
 from gradsift.influence.ratings import (
@@ -87,7 +87,7 @@ from gradsift.rewards.unit_tests import UnitTests
 from gradsift.selection.candidates import ORDERS
 from gradsift.selection.random import RandomChoice
 from gradsift.selection.select import budget_count, kept_count
-from gradsift.selection.selector import Selector
+from gradsift.selection.selector import Selector, reader_beside
 from gradsift.store.run import Run
 from gradsift.validation.bench import Bench, is_benched
 from gradsift.validation.validate import is_validated
@@ -298,9 +298,10 @@ class Walk:
         """What a selector reads beside scores, and takes of the model."""
         for budget in budgets if self.target is not None else ():
             assert self.target is not None
+            selector.preflight(self.pool, self.target, estimator)
             for one in selector.passes(self.kept or self.pool, self.target, estimator, budget):
                 self._passed(one, selector, estimator, budget)
-        reading = estimator if estimator.view is not None else LESS(optimizer="sgd")
+        reading = reader_beside(estimator)
         if selector.takes == "checkpoints":
             self._gradients(reading, targets=True)
         elif selector.takes in ("rows", "target"):
@@ -529,6 +530,7 @@ class Walk:
     def _explain(self, job: Explain) -> None:
         """Answers, their gradients, choosing, and training on what was chosen."""
         pool = self.pool
+        check_methods(pool, job.estimators, job.strategies)
         questions, _ = explain_questions(self.recipe, pool)
         last = len(self._checkpoints()) - 1
         place, checkpoint = self.kept or pool, self._checkpoints()[last]

@@ -199,12 +199,11 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Lines over a number, a point for each of some names, or bars over bins: what there is of the three.
+    """Lines over a number, or bars over bins.
 
     title:       read out for the chart
     caption:     above it, with `note` beside
     axis, up:    what is along x, and upwards
-    rows:        (name, value, spread, whether it is best)
     ticks:       places and texts along x; round numbers by default
     logarithmic: place x by its logarithm
     stats:       figures below it, then what is to be minded, and other sentences
@@ -217,7 +216,6 @@ class Chart:
     axis: str = ""
     up: str = ""
     lines: tuple[Line, ...] = ()
-    rows: tuple[tuple[str, float | None, float, bool], ...] = ()
     bars: Bars | None = None
     ticks: tuple[tuple[float, str], ...] = ()
     logarithmic: bool = False

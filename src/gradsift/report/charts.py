@@ -14,7 +14,7 @@ from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
 from gradsift.report.blocks import Bar, Bars, Chart, Line, Point, Space, View
-from gradsift.report.text import clean, figures, shorten, written
+from gradsift.report.text import clean, written
 
 COLOURS = 8  # of the style sheet; series beyond them have the same ones with broken lines
 MOST_STROKES = 300
@@ -62,9 +62,7 @@ def bar(drawn: Bar) -> Markup:
 
 def chart(drawn: Chart) -> Markup:
     """A chart; nothing where it has nothing finite to draw."""
-    if drawn.bars is not None:
-        return _bars(drawn, drawn.bars)
-    return _dots(drawn) if drawn.rows else _lines(drawn)
+    return _lines(drawn) if drawn.bars is None else _bars(drawn, drawn.bars)
 
 
 def _bars(drawn: Chart, bars: Bars) -> Markup:
@@ -116,44 +114,6 @@ def _ticks(ticks: Sequence[tuple[float, str]], y: float, width: float) -> list[M
             parts.append(draw_text(x, y, text, "middle"))
             free = x + half + 6
     return parts
-
-
-def _dots(drawn: Chart) -> Markup:
-    """A name with its value in each row, the value as a dot, the spread either side of it as a line.
-
-    The axis need not start at zero, which is why these are dots and not bars. Values that are not finite are left out.
-    """
-    kept = [
-        (label, value, abs(spread) if math.isfinite(spread) else 0.0, best)
-        for label, value, spread, best in drawn.rows
-        if value is not None and math.isfinite(value)
-    ]
-    if not kept:
-        return Markup("")
-    low, high = min(v - s for _, v, s, _ in kept), max(v + s for _, v, s, _ in kept)
-    margin = 0.08 * (high - low) or max(abs(high), 1.0) / 2
-    low, high = low - margin, high + margin
-    left, right, pitch = 2.0, 358.0, 38
-    bottom = 8 + pitch * len(kept)
-
-    def along(value: float) -> float:
-        return left + (right - left) * (value - low) / (high - low)
-
-    parts = [open_drawing(360, bottom + 24, drawn.title)]
-    for mark, text in round_ticks(low, high, 4):
-        parts.append(draw_line("grid", along(mark), 4, along(mark), bottom))
-        parts.append(draw_text(along(mark), bottom + 16, text, "middle"))
-    texts = figures([value for _, value, _, _ in kept])
-    for row, ((label, value, spread, best), text) in enumerate(zip(kept, texts, strict=True)):
-        y = 18 + pitch * row
-        parts.append(draw_text(left, y, shorten(label, 34), "start", "label"))
-        parts.append(draw_text(right, y, f"{text}, best" if best else text, "end", "label"))
-        parts.append(draw_line("grid", left, y + 10, right, y + 10))
-        if spread:
-            parts.append(draw_line("spread", along(value - spread), y + 10, along(value + spread), y + 10))
-        circle = Markup('<circle class="{}" cx="{}" cy="{}" r="5"/>')
-        parts.append(circle.format("dot best" if best else "dot", coordinate(along(value)), y + 10))
-    return _closed(parts)
 
 
 def _lines(drawn: Chart) -> Markup:
@@ -328,10 +288,10 @@ def draw_line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
     )
 
 
-def draw_text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> Markup:
+def draw_text(x: float, y: float, text: str, anchor: str) -> Markup:
     """A text at its `start`, `middle` or `end`."""
-    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(
-        kind, coordinate(x), coordinate(y), anchor, clean(text)
+    return Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>').format(
+        coordinate(x), coordinate(y), anchor, clean(text)
     )
 
 

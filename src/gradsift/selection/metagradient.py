@@ -68,6 +68,13 @@ class MetagradientDescent(SmoothTraining, Selector):
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         return f"metagradient descent ({', '.join([rounds, *self.departures])})"
 
+    def preflight(self, pool: Pool, target: Target | None, estimator: Estimator) -> None:
+        """Whether enough targets have labels."""
+        super().preflight(pool, target, estimator)
+        if target is not None:
+            MAGIC().targets(pool, target)
+            self._parts(pool, target)
+
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
         """That of the round that is kept, in the order of the scores that it was made by."""
         rounds = self.descend(candidates, budget)

@@ -15,10 +15,9 @@ from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Seed
 from gradsift.influence.estimator import both_stores, rate_weights, target_rows
-from gradsift.influence.less import LESS
 from gradsift.influence.products import unit_rows
 from gradsift.selection.candidates import Candidates
-from gradsift.selection.selector import Selector
+from gradsift.selection.selector import Selector, reader_beside
 
 Array = NDArray[np.float64]
 
@@ -258,7 +257,7 @@ def _transport_rows(candidates: Candidates) -> tuple[list[int], Tensor, Tensor]:
     nearer than most examples are to each other.
     """
     scores, pool, target = candidates.whole()
-    method = LESS(optimizer="sgd") if scores.method.view is None else scores.method
+    method = reader_beside(scores.method)
     view = method.view or "plain"
     checkpoints, sources = method.checkpoints_of(pool), method.targets(pool, target)
     both = [both_stores(pool, sources, checkpoint, view) for checkpoint in checkpoints]

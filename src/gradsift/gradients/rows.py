@@ -312,11 +312,6 @@ class ShardPart:
         return found
 
     @staticmethod
-    def is_something(tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a snapshot has anything, be it of one module group."""
-        return "done" in tensors and bool(tensors["done"].any())
-
-    @staticmethod
     def rows_of(tensors: Mapping[str, Tensor]) -> int:
         """How many rows a snapshot has in full."""
         return int(tensors["done"].all(0).sum()) if "done" in tensors else 0

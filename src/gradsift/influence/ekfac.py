@@ -240,10 +240,7 @@ class _Factors:
 
     def make(self, pool: Pool) -> None:
         """In two passes over the sample for each group of modules, unless they are there; what an earlier process did
-        of them is taken up. Rows that did not fit in memory are told of.
-
-        Raises:
-            DataError: none of the rows fitted.
+        of them is taken up. Rows that did not fit in memory are told of; a DataError where none of them fitted.
         """
         run, prefix = pool.run, self.prefix(pool.run)
         content = run.intact(prefix, pool.reporter)

@@ -78,10 +78,7 @@ class Training(Settings):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """The settings that `--preset` names, with some fields changed.
-
-        Raises:
-            ConfigError: an unknown name.
+        """The settings that `--preset` names, with some fields changed; an unknown name is a ConfigError.
 
         Example:
             >>> Training.preset("compact", epochs=2).rank

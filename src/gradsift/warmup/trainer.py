@@ -194,7 +194,7 @@ class StepTrainer:
         self.loss_sum = 0.0 if state is None else state.loss_sum
         self.rates: list[float] = [] if state is None else list(state.rates)
         self._place = model.get_input_embeddings().weight.device
-        self._token_budget = first_token_budget(self._place)
+        self._token_budget = _CPU_TOKENS if self._place.type == "cpu" else _CUDA_TOKENS
         if state is not None:
             with torch.no_grad():
                 for name, parameter in self.trainable.items():
@@ -401,11 +401,6 @@ def learning_rates(settings: Training, total_steps: int) -> list[float]:
     )
     (curve,) = schedule.lr_lambdas
     return [settings.learning_rate * curve(step) for step in range(total_steps)]
-
-
-def first_token_budget(place: torch.device) -> int:
-    """Padded tokens that run together, to begin with."""
-    return _CPU_TOKENS if place.type == "cpu" else _CUDA_TOKENS
 
 
 def state_of(trainable: Mapping[str, nn.Parameter], optimizer: Any, step: int) -> TrainingState:

@@ -44,20 +44,14 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 @dataclass
 class TrainingState:
-    """All that going on needs, as it is after `step` optimizer steps.
+    """All that going on needs, as it is after `step` optimizer steps since the start of training."""
 
-    weights, exp_avg, exp_avg_sq: by parameter name, in the order of the model's trainable parameters
-    step: optimizer steps since the start of training
-    loss_sum: sum over the examples seen in this epoch of their token-mean loss, nats
-    rates: learning rate of each step of this epoch
-    """
-
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]  # as the moments, by parameter name, in the order of the model's trainable parameters
     exp_avg: Mapping[str, Tensor]
     exp_avg_sq: Mapping[str, Tensor]
     step: int
-    loss_sum: float = 0.0
-    rates: list[float] = field(default_factory=list)
+    loss_sum: float = 0.0  # sum over the examples seen in this epoch of their token-mean loss, nats
+    rates: list[float] = field(default_factory=list)  # learning rate of each step of this epoch
 
 
 @dataclass(frozen=True)

@@ -78,14 +78,10 @@ class Worker:
 
 
 class Actors:
-    """Workers on a cluster, started as they are needed; connects when it is made.
+    """Workers on a cluster, `count` of which may work at once, started as they are needed; connects when it is made.
 
-    Attributes:
-        count: how many may work at once.
-        logs: where Ray keeps them, on each node.
-
-    Raises:
-        ConfigError: Ray is not installed, no cluster is there, or the workers do not fit it.
+    `logs` is where Ray keeps them, on each node. A ConfigError where Ray is not installed, no cluster is there, or the
+    workers do not fit it.
     """
 
     def __init__(self, cluster: RayCluster) -> None:

@@ -45,13 +45,7 @@ class _Search:
 
 
 class Mapping:
-    """One `Engine.map` under way.
-
-    Args:
-        actors: who works.
-        reporter: where lost workers are told.
-        tasks, advance, what: see `Engine.map`.
-    """
+    """One `Engine.map` under way, by its actors; the reporter is told of lost workers."""
 
     def __init__(self, actors: Actors, reporter: Reporter, tasks: Sequence[Task], advance: Advance, what: str) -> None:
         self._actors, self._reporter, self._advance, self._what = actors, reporter, advance, what

@@ -64,8 +64,8 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
 
     Returns:
         The captured modules, and by name the parameters that match the pattern (or belong to the adapter) but have no
-        gradients here: norms and biases are not counted unless the adapter has them; routers, embeddings, tied or
-        quantised weights are. Callers must show them.
+        gradients here, which callers must show: norms and biases are not counted unless the adapter has them; routers,
+        embeddings, tied or quantised weights are.
 
     Raises:
         ConfigError: the pattern is no regular expression or nothing matches; the message lists what is there.

@@ -74,10 +74,8 @@ class PromptTarget(Target):
     earned: dict[tuple[str, int], Earned] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def check_reward(self) -> None:
-        """Refuse a reward that cannot be computed for these prompts, before anything heavy is done for it.
-
-        Raises:
-            ConfigError: there is none, a column or a judge that it reads is missing, or it may not run programs.
+        """Refuse a reward that cannot be computed for these prompts (`ConfigError`), before anything heavy is done for
+        it: there is none, a column or a judge that it reads is missing, or it may not run programs.
         """
         if self.reward is None:
             raise ConfigError(

@@ -243,14 +243,11 @@ class GradientStore:
     """A complete gradient store, memory-mapped.
 
     Attributes:
-        name: the path or URL, for messages.
-        path: the folder, of copies where the store lies elsewhere.
+        name, path: the path or URL, for messages; the folder, of copies where the store lies elsewhere.
         ids: example ids in row order.
         segments: name → (start, stop), the columns that hold each module, alone or with all others.
-        norms: float64 `[row]`, the gradients' 2-norms before projection.
-        projected_norms: float64 `[row]`, the rows' own 2-norms.
-        losses: float64 `[row]`, weighted loss of each row.
-        supervised_tokens: int64 `[row]`.
+        norms, projected_norms: float64 `[row]`, 2-norms of the gradients before projection, and of the rows themselves.
+        losses, supervised_tokens: float64 `[row]`, the weighted loss of each; int64 `[row]`.
         excluded: id → reason of rows left out: gradients that are not finite, or a row too long for the memory.
         measured_error: how far cosines of stored rows are from those of unprojected ones; None where too few rows could
             be compared.

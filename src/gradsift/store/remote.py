@@ -77,12 +77,10 @@ def _shared(url: str, _copies: str) -> RemoteStorage:
 
 
 class RemoteStorage:
-    """Storage under a URL.
+    """Storage under a URL, such as `s3://bucket/runs/math`; credentials come from where the protocol's library looks.
 
-    Args:
-        url: of the run, such as `s3://bucket/runs/math`. Credentials come from where the protocol's library looks.
-        copies: folder for copies; by default in the user's cache folder.
-        claim: by which another process holds the run, for whom this one writes.
+    Copies lie in a folder, by default in the user's cache folder; `claim` is by what another process holds the run, for
+    whom this one writes.
 
     Raises:
         ConfigError: the protocol is unknown or its library is not installed.

@@ -58,10 +58,9 @@ def train_fully(
     """Train every parameter of a model on the examples; the folder of one model per epoch, in order.
 
     Loss, batches, schedule, clipping, resumption and errors are those of `train`; weight decay spares biases and norms,
-    as transformers has it. `rank`, `alpha`, `dropout` and `target_modules` are not read. Weights are float32 whatever
-    the base's dtype (float64 if asked for), since steps at such learning rates vanish in 16 bits: with gradients and
-    Adam's moments 16 bytes for each parameter, and activations. Each epoch is kept, at 4 bytes for each parameter, and
-    while training goes on 8 more.
+    as transformers has it; LoRA's fields are not read. Weights are float32 whatever the base's dtype (float64 if asked
+    for), since steps at such learning rates vanish in 16 bits: with gradients and Adam's moments 16 bytes for each
+    parameter, and activations. Each epoch is kept, at 4 bytes for each parameter, and while training goes on 8 more.
     """
     check_examples(data, ids, seed, what)
     if dtype in QUANTISED:

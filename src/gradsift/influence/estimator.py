@@ -295,14 +295,26 @@ class Estimator(Settings):
         Raises:
             ConfigError: it takes labels, and prompts have none.
         """
-        if target.labels is not None and target.labels.ids == target.data.ids:
+        if target.labels is not None and (self.takes == "labels" or target.labels.ids == target.data.ids):
             return target.labels
         if self.takes == "texts" or not isinstance(target.data, Prompts):
             return target.data
-        answered = 0 if target.labels is None else len(target.labels)
         raise ConfigError(
-            f"{self.label} needs labels, and {len(target.data) - answered} of {len(target.data)} prompts have no "
-            "answer: use NICE, or add answers"
+            f"{self.label} needs labels, and none of {len(target.data)} prompts has an answer to learn: use NICE, or "
+            "add answers"
+        )
+
+    def without_labels(self, target: Target) -> str | None:
+        """What of a target it cannot be asked about, since nothing is there to learn; None where all of it can."""
+        labelled = target.labelled.data
+        if not self.needs_target or self.takes != "labels" or len(labelled) == len(target.data):
+            return None
+        missing = [id_ for id_ in target.data.ids if id_ not in set(labelled.ids)]
+        left_out = () if target.labels is None else target.labels.skipped
+        reasons = {skip.id: f": {skip.detail}" for skip in left_out if skip.reason == "nothing_to_learn"}
+        return (
+            f"{self.label} needs labels: {len(missing)} of {len(target.data)} prompts without an answer to learn do "
+            f"not count, first {missing[0]!r}{reasons.get(missing[0], '')}"
         )
 
 

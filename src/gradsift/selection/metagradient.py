@@ -100,6 +100,8 @@ class MetagradientDescent(SmoothTraining, Selector):
         steering, measuring = self._endings(pool, target)
         chosen, rounds, fresh = candidates.first("most_helpful", budget), list[Round](), 0
         seen = {frozenset(chosen)}
+        if lacking := MAGIC().without_labels(target):
+            pool.reporter.warn(f"metagradient descent goes back as {lacking}")
         if effective_batch_size(budget, self.training(pool).batch_size) == 1:
             pool.reporter.warn(
                 f"metagradient descent: a choice of {budget} rows is trained on one by one, and a gradient that is "
@@ -175,6 +177,7 @@ class MetagradientDescent(SmoothTraining, Selector):
         Raises:
             ConfigError: too few measure for their differences to have an error.
         """
+        target = target.labelled
         groups = groups_of(len(target.data), target.subtasks)
         draw = np.random.default_rng((pool.seed, len(groups)))
         steering, measuring = list[int](), list[int]()

@@ -222,26 +222,19 @@ ConsumeFactors = Callable[[Captured, Tensor, Tensor], None]
 
 @dataclass(slots=True)
 class _Pass:
-    """One batch on its way through the model.
-
-    pending: uses of a module whose gradient is still to come
-    partial: gradients of a module's earlier uses
-    factors: inputs and output gradients of a module's earlier uses, by token, where those are wanted
-    again: whether a module runs once more on a part of the batch, of which hooks must not know
-    consumed: modules whose gradients were handed over
-    backward: whether the backward pass has begun; layers that run then run again, for checkpointing
-    """
+    """One batch on its way through the model."""
 
     batch: PaddedBatch
     consume: Consume
     consume_factors: ConsumeFactors | None
     consume_tokens: ConsumeFactors | None = None
-    pending: dict[str, int] = field(default_factory=dict)
-    partial: dict[str, Tensor] = field(default_factory=dict)
+    pending: dict[str, int] = field(default_factory=dict)  # uses of a module whose gradient is still to come
+    partial: dict[str, Tensor] = field(default_factory=dict)  # gradients of a module's earlier uses
+    # Inputs and output gradients of a module's earlier uses, by token, where those are wanted.
     factors: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    consumed: set[str] = field(default_factory=set)
-    backward: bool = False
-    again: bool = False
+    consumed: set[str] = field(default_factory=set)  # modules whose gradients were handed over
+    backward: bool = False  # whether the backward pass has begun; layers that run then run again, for checkpointing
+    again: bool = False  # whether a module runs once more on a part of the batch, of which hooks must not know
 
     def uses(self, captured: Captured) -> None:
         """Count a use of a module; its recomputation is none."""
@@ -317,19 +310,15 @@ class Capture:
         labels: Labels | None = None,
         consume_tokens: ConsumeFactors | None = None,
     ) -> Tensor:
-        """Forward and backward of one batch.
+        """Forward and backward of one batch; gives the weighted losses Σ_t w_t·NLL_t `[sequence]`, float64.
 
         Args:
-            sequences: the batch.
             consume: called once per module, as soon as the backward pass allows, with its gradients
                 `[sequence out in]` in float32 (float64 for a float64 model), which it may overwrite.
             consume_factors: where given, gets activations and output gradients instead for a module that ran once.
             labels: where given, chooses the labels of which the loss is taken.
             consume_tokens: where given, gets of every module that ran `[sequence token place in]` and `[… out]`
                 instead; a token has a place for each use of the module, and for each head that it runs on.
-
-        Returns:
-            The weighted losses Σ_t w_t·NLL_t `[sequence]`, float64.
         """
         batch = pad(sequences, self.device)
         self._latest = self._threads.running = running = _Pass(batch, consume, consume_factors, consume_tokens)

@@ -32,54 +32,38 @@ View = Literal["plain", "adam", "segments"]
 
 @dataclass
 class ShardRows:
-    """What one pass over a shard's sequences yields, indexed by the row's position in the shard.
+    """What one pass over a shard's sequences yields, indexed by the row's position in the shard."""
 
-    rows: view → `[row dim]`
-    norms: view → float64 `[row]`, 2-norm before projection
-    loss: float64 `[row]`, Σ over the row's sequences of Σ_t w_t·NLL_t
-    bad: row → why it must be left out
-    full_sums: view → module → `[out in]`, the unprojected sum of the rows that are not bad
-    token_budget: of the batches; smaller than was asked for where memory ran out
-    exact: what the rows that were to be measured are before projection; None if there were none
-    """
-
-    rows: dict[View, Tensor]
-    norms: dict[View, Tensor]
-    loss: Tensor
-    bad: dict[int, str] = field(default_factory=dict)
+    rows: dict[View, Tensor]  # view → `[row dim]`
+    norms: dict[View, Tensor]  # view → float64 `[row]`, 2-norm before projection
+    loss: Tensor  # float64 `[row]`, Σ over the row's sequences of Σ_t w_t·NLL_t
+    bad: dict[int, str] = field(default_factory=dict)  # row → why it must be left out
+    # View → module → `[out in]`, the unprojected sum of the rows that are not bad.
     full_sums: dict[View, dict[str, Tensor]] = field(default_factory=dict)
-    token_budget: int = 0
+    token_budget: int = 0  # of the batches; smaller than was asked for where memory ran out
+    # What the rows that were to be measured are before projection; None if there were none.
     exact: ExactProducts | None = None
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """How a pass over a shard is made.
+    """How a pass over a shard is made."""
 
-    token_budget: padded tokens per batch.
-    views: which rows to make.
-    by_module: the projector of the `segments` view.
-    adam: per module name, needed for the `adam` view.
-    full_sum: also sum the unprojected rows of each view.
-    autocast: run the model in this dtype; gradients are accumulated in float32 all the same.
-    module_groups: go through the sequences this many times, each time for a part of the modules, to hold fewer
-        gradients, moments and sums in memory at once.
-    lanes: batches that run at once on a CPU, each on its share of the threads: small batches lose up to a fifth of
-        the time when all threads share one. Rows depend on the threads of a lane only by rounding.
-    checkpointing: run each layer again in the backward pass instead of keeping its activations.
-    measured: rows whose inner products are wanted before projection, too.
-    """
-
-    token_budget: int
-    views: SequenceABC[View] = ("plain",)
-    by_module: Projector | None = None
-    adam: Mapping[str, AdamDirection] = field(default_factory=dict)
-    full_sum: bool = False
+    token_budget: int  # padded tokens per batch
+    views: SequenceABC[View] = ("plain",)  # which rows to make
+    by_module: Projector | None = None  # the projector of the `segments` view
+    adam: Mapping[str, AdamDirection] = field(default_factory=dict)  # per module name, needed for the `adam` view
+    full_sum: bool = False  # also sum the unprojected rows of each view
+    # Run the model in this dtype; gradients are accumulated in float32 all the same.
     autocast: torch.dtype | None = None
+    # Go through the sequences this many times, each time for a part of the modules, to hold fewer gradients, moments
+    # and sums in memory at once.
     module_groups: int = 1
+    # Batches that run at once on a CPU, each on its share of the threads: small batches lose up to a fifth of the time
+    # when all threads share one. Rows depend on the threads of a lane only by rounding.
     lanes: int = 1
-    checkpointing: bool = False
-    measured: SequenceABC[int] = ()
+    checkpointing: bool = False  # run each layer again in the backward pass instead of keeping its activations
+    measured: SequenceABC[int] = ()  # rows whose inner products are wanted before projection, too
 
 
 def gradient_rows(
@@ -95,20 +79,18 @@ def gradient_rows(
 ) -> ShardRows:
     """Projected per-example gradients of a shard.
 
-    Where memory runs out, a batch is taken in halves, and what follows in batches of that size; a row depends on its
-    company by rounding only. On a GPU nothing waits for a batch to end before the next one begins.
-
     For a row r with sequences s ∈ r the gradient of module l is `G_r,l = Σ_s ∂(Σ_t w_t·NLL_t)/∂W_l`. The `plain` view
     stores R_l·G, the `adam` view R_l·Γ(G) with the Adam direction taken before the projection, and the `segments` view
     R_l·G of a projection that keeps modules apart, all from the same backward.
 
+    Where memory runs out, a batch is taken in halves, and what follows in batches of that size; a row depends on its
+    company by rounding only. On a GPU nothing waits for a batch to end before the next one begins.
+
     Args:
-        model: in any mode; it is evaluated without dropout and left as found.
-        modules: from `find_modules`; rows hold their columns in this order.
+        model, modules: it is evaluated without dropout and left as found; rows hold their columns in the modules'
+            order.
         projector: of the same modules.
-        sequences: their `row` is a position below `row_count`.
-        settings: which rows are made, and how.
-        row_count: number of rows of the shard.
+        sequences: their `row` is a position below `row_count`, the number of rows of the shard.
         on_rows: told how many rows were done, beside those of `part`.
         part: what is known already, of a pass with the same arguments; tells what is finished from then on.
 

@@ -48,16 +48,11 @@ Rewards = dict[tuple[str, int], float]
 
 @dataclass(frozen=True)
 class Earned:
-    """What responses earned.
+    """What responses earned."""
 
-    values:   reward by `Response.key`
-    problems: responses without a reward, and why
-    usage:    what a judge's answers consumed this time; None where none was asked
-    """
-
-    values: Rewards = field(repr=False)
-    problems: tuple[Problem, ...] = ()
-    usage: Usage | None = None
+    values: Rewards = field(repr=False)  # reward by `Response.key`
+    problems: tuple[Problem, ...] = ()  # responses without a reward, and why
+    usage: Usage | None = None  # what a judge's answers consumed this time; None where none was asked
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,6 @@ class RatedEstimator(Estimator):
         check_raters(self)
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """The ratings, asked for where the run does not hold them."""
         found = rate(pool, self)
         return Influence(
             found.ids,

@@ -43,17 +43,13 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Record(ABC):
-    """All that a training's numbers depend on beside its model and data: what it can be taken again from.
-
-    batches:  of each step the rows that it trains on, as positions in the data; what is not there has the next one
-    rates:    of each step
-    riders:   of each step the rows that ride along, whose weight is 0
-    """
+    """All that a training's numbers depend on beside its model and data: what it can be taken again from."""
 
     optimizer: Adam
+    # Of each step the rows that it trains on, as positions in the data; what is not there has the next one.
     batches: tuple[Positions, ...] = field(repr=False)
-    rates: tuple[float, ...] = field(repr=False)
-    riders: tuple[Positions, ...] = field(repr=False)
+    rates: tuple[float, ...] = field(repr=False)  # of each step
+    riders: tuple[Positions, ...] = field(repr=False)  # of each step the rows that ride along, whose weight is 0
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -115,11 +111,7 @@ class Network:
     ) -> tuple[Tensor, Tensor]:
         """∇ Σ_i share_i·ℓ_i(θ), `[parameter]`, and ℓ_i, float64 `[row]`, 0 where the share is.
 
-        Args:
-            theta: `[parameter]`.
-            sequences: of rows that count from 0; ℓ_i is the sum over those of row i, or what `dpo` makes of it.
-            shares: `[row]`.
-            dpo: of the rows.
+        Rows count from 0 in the sequences; ℓ_i is the sum over those of row i, or what `dpo`, of the rows, makes of it.
         """
         self._load(theta)
         total, losses = torch.zeros_like(theta), torch.zeros(len(shares), dtype=torch.float64)
@@ -245,16 +237,12 @@ def _twice_differentiable() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Returned:
-    """What a way back found.
+    """What a way back found."""
 
-    change: ∂F/∂w_i of each target and row of the data, float64 `[target row]`
-    norms:  ‖μ_θ‖ before each step and after the last, of the target where it is largest: `[step + 1]`
-    rates:  of each step
-    """
-
-    change: NDArray[np.float64]
+    change: NDArray[np.float64]  # ∂F/∂w_i of each target and row of the data, float64 `[target row]`
+    # ‖μ_θ‖ before each step and after the last, of the target where it is largest, `[step + 1]`.
     norms: NDArray[np.float64]
-    rates: tuple[float, ...]
+    rates: tuple[float, ...]  # of each step
 
     @property
     def felt(self) -> NDArray[np.float64]:
@@ -309,17 +297,13 @@ class _KeptLosses(ManifestRecord):
 
 
 class Replay:
-    """A recorded training in a run folder: taken once, and gone back through for any targets.
+    """A recorded training on a pool's training rows, in its run folder: taken once, and gone back through for any
+    targets.
 
-    Of the states (θ, m, v) every √T-th is kept, and all gradients where they fit the budget: from them the states
-    between are computed to the same bits without the model. Where they do not fit, these steps are taken again. What is
-    interrupted goes on from the last step that was kept.
-
-    Args:
-        pool: whose training rows it is on.
-        record: the training.
-        memory: GiB that may be kept on disk for it.
-        what: the word for this training in messages.
+    Of the states (θ, m, v) every √T-th is kept, and all gradients where they fit the memory (GiB on disk): from them
+    the states between are computed to the same bits without the model. Where they do not fit, these steps are taken
+    again. What is interrupted goes on from the last step that was kept. `what` is the word for this training in
+    messages.
     """
 
     def __init__(self, pool: Pool, record: Record, *, memory: float, what: str = "MAGIC's training") -> None:
@@ -392,12 +376,8 @@ class Replay:
         return self.published
 
     def back(self, network: Network, note: str, gradients: Callable[[Tensor], Tensor]) -> Returned:
-        """Go back through the training.
-
-        Args:
-            network: of this training.
-            note: names the targets, among all that are asked of this training.
-            gradients: of θ_T: the gradients of the targets' losses there, `[target parameter]`.
+        """Go back through the training of this network. The note names the targets, among all that are asked of it;
+        `gradients` gives those of the targets' losses at θ_T, `[target parameter]`.
 
         Raises:
             ModelError: a step's losses are not those of the training.

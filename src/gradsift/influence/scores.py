@@ -141,11 +141,9 @@ def score(
 
     Args:
         pool: from `open_pool`.
-        target: from `open_target`, or from `open_prompts` for `NICE()` and `NICEIF()`; other methods take the latter as
+        target: from `open_target`, or from `open_prompts` for `NICE()` and the like; other methods take the latter as
             well, those that need labels the prompts that have an answer. None for methods that need no target.
-        method: `LESS()` by default, `NICE()` for prompts; `DataInf()`, `ProjectedInverse()`, `TRAK()`, `JI2S()`,
-            `NICEIF()`; or a control: `BM25()`, `RDS()`, `DSIR()`, and without a target `AlpaGasus()`, `DEITA()`,
-            `Random(seed=0)`.
+        method: an estimator; `LESS()` by default, `NICE()` for prompts.
         aggregation: over targets, `max_of_means` within subtasks, plain `mean`, or `round_robin`, in which targets (or
             subtasks) take turns; by default the method's own, which is the first for all but RDS+. Subtasks of NICE's
             in which no prompt has a signal are left out of the maximum, and get no turn: their zeros say nothing. JI2S

@@ -83,17 +83,12 @@ class SmoothTraining(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothRecord(Record):
-    """A training of `gradsift train`.
+    """A training of `gradsift train`."""
 
-    training: of the adapter, without dropout
-    seed:     of the adapter's A matrices
-    """
-
-    training: Training
-    seed: int
+    training: Training  # of the adapter, without dropout
+    seed: int  # of the adapter's A matrices
 
     def config(self, pool: Pool) -> dict[str, Any]:
-        """That of the training, and its steps."""
         data = pool.training
         ids = [data.ids[int(row)] for row in np.unique(np.concatenate(self.batches))]
         return {
@@ -104,7 +99,6 @@ class SmoothRecord(Record):
         }
 
     def adapted(self, pool: Pool) -> AbstractContextManager[Any]:
-        """A fresh adapter."""
         from gradsift.warmup.trainer import adapter_on
 
         return adapter_on(host(pool.model, pool.dtype, pool.device).base(), self.training, self.seed)
@@ -113,14 +107,10 @@ class SmoothRecord(Record):
 def recorded(
     training: Training, trained: SequenceABC[int], beside: SequenceABC[int], *, seed: int, eps_root: float
 ) -> Record:
-    """The training that `gradsift train` would do, step by step.
+    """The training that `gradsift train` would do without dropout, step by step, by a seed of the adapter and every
+    order.
 
-    Args:
-        training: without dropout.
-        trained: positions of the rows that it trains on, sorted by their ids.
-        beside: of those that ride along, each once an epoch.
-        seed: of the adapter and of every order.
-        eps_root: of Adam.
+    `trained` are positions of rows, sorted by their ids; those `beside` ride along, each once an epoch.
     """
     from gradsift.warmup.trainer import learning_rates
 
@@ -141,12 +131,9 @@ def recorded(
 
 
 class Ending:
-    """The targets' losses at the end of a training: a mean for each group.
+    """The targets' losses at the end of a training: a mean for each group, by the number of each target's, `[target]`.
 
-    Args:
-        source: of the targets' sequences.
-        groups: the number of each target's group, `[target]`, from 0.
-        rows: which of the targets alone count, ascending; all by default. Groups without any are no groups.
+    `rows`, ascending, are the targets that alone count, all by default; groups without any are no groups.
     """
 
     def __init__(

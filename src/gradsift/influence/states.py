@@ -104,7 +104,6 @@ class RDSPlus(_OfStates):
         return "RDS+" if self.checkpoint == "base" else "RDS+ (last checkpoint)"
 
     def pooled(self) -> tuple[Pooling, int]:
-        """All tokens of the last layer."""
         return "position_weighted", -1
 
 
@@ -129,7 +128,6 @@ class RepSim(_OfStates):
         return f"Rep-Sim ({', '.join(parts)})" if parts else "Rep-Sim"
 
     def pooled(self) -> tuple[Pooling, int]:
-        """As `tokens` and `layer` say."""
         return ("last_prompt_token" if self.tokens == "last_prompt" else "answer_mean"), self.layer
 
 

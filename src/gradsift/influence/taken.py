@@ -32,14 +32,10 @@ _WHOLE = 5e-3  # how far from 1 the weights of a step's labels may add up to, wh
 
 @dataclass(frozen=True, kw_only=True)
 class TakenRecord(Record):
-    """Of a recording. The rows are those that the trainer saw, its labels included.
+    """Of a recording. The rows are those that the trainer saw, its labels included."""
 
-    recording: of the training
-    outside:   how many of its rows are not in the pool
-    """
-
-    recording: Recording
-    outside: int
+    recording: Recording  # of the training
+    outside: int  # how many of its rows are not in the pool
 
     def config(self, pool: Pool) -> dict[str, Any]:
         """The recording, which has its own data."""
@@ -52,7 +48,6 @@ class TakenRecord(Record):
 
     @contextmanager
     def adapted(self, pool: Pool) -> Iterator[Any]:
-        """The adapter that the trainer began with."""
         one = host(pool.model, pool.dtype, pool.device)
         network = one.with_adapter(self.recording.start)
         try:
@@ -71,7 +66,6 @@ class TakenRecord(Record):
 
     @property
     def warning(self) -> str | None:
-        """Rows that the pool does not have."""
         if not self.outside:
             return None
         return (
@@ -129,12 +123,9 @@ class TakenRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class TakenPairs(TakenRecord):
-    """Of a recording of TRL's DPOTrainer, whose batches have the chosen answers before the rejected ones.
+    """Of a recording of TRL's DPOTrainer, whose batches have the chosen answers before the rejected ones."""
 
-    beta: of the loss
-    """
-
-    beta: float
+    beta: float  # of the loss
     _references: dict[int, NDArray[np.float64]] = field(default_factory=dict, repr=False)
 
     def sequences(self, step: int, data: Dataset) -> list[Sequence]:
@@ -147,12 +138,10 @@ class TakenPairs(TakenRecord):
         ]
 
     def shares(self, step: int) -> Tensor:
-        """As recorded."""
         own = self.recording.shares[step]
         return torch.from_numpy(own[own > 0])
 
     def rider_shares(self, step: int, data: Dataset) -> Tensor:
-        """The mean one."""
         return self.shares(step).mean().expand(len(self.riders[step]))
 
     def dpo(self, step: int, data: Dataset, network: Network) -> DPO:

@@ -19,17 +19,12 @@ _CACHED = 512 * 576  # entries of one activation of a batch at which a CPU is at
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences that run together.
-
-    rows: position in the shard of each row the batch adds to, in the order of `owner`'s numbers
-    owner: for each sequence, which of `rows` it belongs to
-    last: False where more batches of the same single row follow
-    """
+    """Sequences that run together."""
 
     sequences: tuple[Sequence, ...]
-    rows: tuple[int, ...]
-    owner: tuple[int, ...]
-    last: bool = True
+    rows: tuple[int, ...]  # position in the shard of each row the batch adds to, in the order of `owner`'s numbers
+    owner: tuple[int, ...]  # for each sequence, which of `rows` it belongs to
+    last: bool = True  # False where more batches of the same single row follow
 
     @property
     def tokens(self) -> int:
@@ -102,10 +97,10 @@ class Budget:
         leave_out: Callable[[Batch, str], None],
         stopped: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Have a unit taken, in smaller batches where memory does not suffice, and all that follow in those.
+        """Have a unit, formed at any earlier size, taken in smaller batches where memory does not suffice, as all that
+        follow.
 
         Args:
-            unit: formed at any earlier size.
             take: takes a unit, or changes nothing and returns the batch for which memory did not suffice.
             leave_out: told of a single sequence that does not fit even alone, and why its row is left out.
             stopped: whether the rest is to be left, asked after each.
@@ -183,9 +178,8 @@ def budget_from(free_bytes: float, bytes_per_token: float, *, fixed_bytes: float
 
 
 def line_through(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
-    """(intercept, slope) of the peaks `(tokens, bytes)` of two batches, neither below zero.
-
-    Where the larger batch did not need more, all of its bytes are counted as its tokens'.
+    """(intercept, slope) of the peaks `(tokens, bytes)` of two batches, neither below zero; where the larger batch did
+    not need more, all of its bytes are counted as its tokens'.
 
     >>> line_through((1000, 3e8), (3000, 7e8))
     (100000000.0, 200000.0)
@@ -213,11 +207,9 @@ def repeated(known: SequenceABC[Sequence], tokens: int) -> list[Sequence]:
 
 
 def measured_token_budget(devices: SequenceABC[torch.device], run: Callable[[int], int]) -> int:
-    """Tokens per batch for GPUs, from the peaks of memory of two small batches.
+    """Tokens per batch for GPUs, of which the fullest decides, from the peaks of memory of two small batches.
 
-    Args:
-        devices: the GPUs that the model lies on; the fullest one decides.
-        run: runs a batch of about so many tokens and tells how many there were, fewer where memory ran out.
+    `run` runs a batch of about so many tokens and tells how many there were, fewer where memory ran out.
     """
     small, large = 1024, 4096
     ran = run(small)  # whatever is made once and kept is made now
@@ -241,25 +233,17 @@ def measured_token_budget(devices: SequenceABC[torch.device], run: Callable[[int
 
 
 def sequence_tokens(model: Any, largest_module: int, row_bytes: int) -> int:
-    """What a sequence costs beside its tokens, as a number of tokens: gradients of one module in a few copies, its row.
-
-    Args:
-        model: for what a token costs.
-        largest_module: entries of the largest weight whose gradient is taken.
-        row_bytes: of a projected row in all views.
+    """What a sequence costs beside its tokens, as a number of tokens: gradients of one module in a few copies, the
+    largest of so many entries, and its projected row in all views.
     """
     return (_GRADIENT_COPIES * 4 * largest_module + row_bytes) // _activation_bytes(model)
 
 
 def automatic_lanes(model: Any, longest: int, token_budget: int | None = None, modules: SequenceABC[Any] = ()) -> int:
     """Batches to run at once: on a CPU one per thread, as far as a third of the free memory holds; on a GPU one, and
-    where modules run again, whose parameters then require gradients.
+    where captured modules run again, whose parameters then require gradients.
 
-    Args:
-        model: on the device it will run on.
-        longest: tokens of the longest sequence, which runs alone where it exceeds the budget.
-        token_budget: of each batch, where it is given and not the automatic one.
-        modules: that are captured.
+    `longest` are the tokens of the longest sequence, which runs alone where it exceeds the budget of each batch.
     """
     if next(model.parameters()).device.type != "cpu" or any(captured.again is not None for captured in modules):
         return 1

@@ -62,15 +62,11 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of an optimizer step.
-
-    sequences: their `row` is a position in `ids`
-    dpo: what makes a row's loss of the sum over its sequences, where that is not the loss
-    """
+    """The rows of an optimizer step."""
 
     ids: SequenceABC[str]
-    sequences: SequenceABC[Sequence]
-    dpo: DPO | None = None
+    sequences: SequenceABC[Sequence]  # their `row` is a position in `ids`
+    dpo: DPO | None = None  # what makes a row's loss of the sum over its sequences, where that is not the loss
 
     @classmethod
     def of(cls, data: Dataset, positions: SequenceABC[int]) -> StepRows:
@@ -150,8 +146,6 @@ class StepTrainer:
     output: TrainingOutput
     data: Dataset
     positions: list[int]
-    settings: Training
-    seed: int
     batch_size: int
     what: str
     reporter: Reporter
@@ -159,6 +153,7 @@ class StepTrainer:
 
     def __post_init__(self) -> None:
         self.run, self.prefix = self.output.run, self.output.prefix
+        self.settings, self.seed = self.output.settings, self.output.seed
         self.steps_per_epoch = -(-len(self.positions) // self.batch_size)
         self.total_steps = self.settings.epochs * self.steps_per_epoch
         self._order: tuple[int, Any] = (-1, None)

@@ -97,7 +97,7 @@ class Counted:
 
 def lengths_table(budget: int, counted: Counted, own: Sequence[tuple[int, str, Counted, NDArray[np.int64]]]) -> Table:
     """How long the rows are that each arm chose, and those of the pool: quartiles, tokens."""
-    lengths = [(None, "the pool", counted.lengths)]
+    lengths: list[tuple[int | None, str, NDArray[np.int64]]] = [(None, "the pool", counted.lengths)]
     lengths += [(number, name, found.lengths[rows]) for number, name, found, rows in own]
     rows = (
         Row((name, *(text.written(end, ",.0f") for end in np.quantile(one, (0.25, 0.5, 0.75)).tolist())), number)

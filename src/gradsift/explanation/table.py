@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -291,6 +292,6 @@ def coefficient_statistics(explanations: Explanations, k: int) -> tuple[Coeffici
             l1, l2, nonzero, negative = (
                 [getattr(draw, name) for draw in draws] for name in ("l1", "l2", "nonzero", "negative")
             )
-            means = map(float, (*map(np.mean, (l1, l2)), np.median(l2), np.mean(nonzero), np.mean(negative)))
-            statistics.append(CoefficientStatistics(model, k, len(own), *means, summarise_relevance(own).db))
+            shares, db = (fmean(nonzero), fmean(negative)), summarise_relevance(own).db
+            statistics.append(CoefficientStatistics(model, k, len(own), fmean(l1), fmean(l2), median(l2), *shares, db))
     return tuple(statistics)

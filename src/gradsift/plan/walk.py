@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -81,9 +81,8 @@ from gradsift.plan.work import Asked, Drawing, Work
 from gradsift.recipe import Explain, Recipe, Validate
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.reward import single_rewards
-from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import prompt_of
-from gradsift.rewards.unit_tests import UnitTests
+from gradsift.rewards.value import RewardValue
 from gradsift.selection.candidates import ORDERS
 from gradsift.selection.random import RandomChoice
 from gradsift.selection.select import budget_count, kept_count
@@ -446,14 +445,13 @@ class Walk:
     def earn(self, stage: str, target: PromptTarget, responses: int, limit: int, *, role: str = "judge") -> None:
         """What the rewards of so many responses take beside arithmetic."""
         singles = single_rewards(target.reward)
-        programs = responses * sum(isinstance(single, UnitTests) for single in singles)
-        texts = responses * sum(isinstance(single, RewardModel) for single in singles)
+        programs = responses * sum(single.programs for single in singles)
+        texts = responses * sum(single.texts for single in singles)
         asked = []
         for single in singles:
-            if isinstance(single, Judge) and isinstance(target.judge, Endpoint):
-                calls = responses * (2 if single.mode == "pairwise" else 1)
-                question = partial(_judge_some, single, target)
-                judging = Judging(single, target.judge, calls, question)
+            if single.questions and isinstance(target.judge, Endpoint):
+                question, judge = partial(_judge_some, single, target), cast(Judge, single)
+                judging = Judging(judge, target.judge, responses * single.questions, question)
                 asked += self.judged(judging, limit, role)
         if programs or texts or asked:
             work = Work(stage, asked=tuple(asked), programs=programs, texts=texts, seconds=None, done=not responses)
@@ -804,15 +802,12 @@ def _kept_pool(recipe: Recipe, pool: Pool) -> Pool | None:
     return replace(pool, run=run, reporter=silent())
 
 
-def _judge_some(judge: Judge, target: PromptTarget, bound: Any) -> None:
+def _judge_some(judge: RewardValue, target: PromptTarget, bound: Any) -> None:
     """Put questions about some prompts with empty responses to a judge."""
     examples = target.data.examples[:: max(1, len(target.data) // ASKED)]
     rows = [example.row for example in examples]
-    reference: dict[str, Any] = {}
-    if judge.mode == "pairwise":
-        columns = {judge.reference: [row[judge.reference] for row in rows if judge.reference in row]}
-        reference = columns if len(columns[judge.reference]) == len(rows) else {}
-    bound(prompts=[prompt_of(example) for example in examples], completions=[""] * len(examples), **reference)
+    read = {name: [row[name] for row in rows] for name in judge.columns if all(name in row for row in rows)}
+    bound(prompts=[prompt_of(example) for example in examples], completions=[""] * len(examples), **read)
 
 
 class _Counting:

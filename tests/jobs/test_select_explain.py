@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from gradsift.cli import app
 from gradsift.model import models
-from tiny_world import World
+from tiny_world import World, write_rows
 
 
 def test_prompts_are_explained_as_they_come(tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +34,36 @@ def test_prompts_are_explained_as_they_come(tiny: World, tmp_path: Path, monkeyp
     assert first["results"] == alone["results"]
     assert "shorten it" in second["error"]
     assert third["output"] != first["output"]
+
+
+_DESCENT = ("--selection", "metagradient", "--set", "selection.held_out=0.01")
+_DIVERSE = ("--selection", "diverse", "--set", "selection.by=no/such")
+_ARMS = "compare.arms=[{estimator: {kind: bm25}, selection: {kind: metagradient, held_out: 0.01}}]"
+_COMPARE = ("--set", _ARMS, "--set", "compare.metrics=[{kind: loss, data: %s}]")
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "lacks"),
+    [
+        ("select", _DESCENT, "give more targets"),
+        ("select", _DIVERSE, "no/such"),
+        ("select", ("--estimator", "bm25", "--selection", "tsds", "--reward", "length:1-9"), "prompts have no answer"),
+        ("plan", _DESCENT, "give more targets"),
+        ("plan", _COMPARE, "give more targets"),
+        ("explain", (*_DIVERSE, "--prompt", "what"), "no/such"),
+        ("explain", ("--prompt", "what", "--set", "explain.estimators=[{kind: rds, model: no/such}]"), "no/such"),
+        ("plan", ("--set", "explain={prompt: what, estimators: [{kind: rds, model: no/such}]}"), "no/such"),
+    ],
+)
+def test_what_a_method_lacks_is_said_first(
+    tiny: World, tmp_path: Path, command: str, given: tuple[str, ...], lacks: str
+) -> None:
+    """What a selector, a strategy or an estimator lacks is refused before anything is trained or collected."""
+    more: dict[str, object] = {}
+    if "tsds" in given:
+        more["target"] = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "what colour"}, {"prompt": "what says"}])
+    given = tuple(one.replace("%s", tiny.target) for one in given)
+    done = tiny(command, tmp_path / "run", *given, **more)
+    assert done.code
+    assert lacks in done.err
+    assert not {"checkpoints", "gradients", "embeddings"} & {one.name for one in tmp_path.glob("run/*")}

@@ -165,6 +165,9 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
         method.preflight(pool, target)
         if takes_reward(method):
             check_samples(method)
+    for one in found:
+        if one.estimator is not None and one.selection is not None:
+            one.selection.preflight(pool, target, one.estimator)
     overlap = set() if target is None else {skip.id for skip in target.overlap}
     available = tuple(id_ for id_ in pool.data.ids if id_ not in overlap)
     budgets = _counts(job.budgets or (recipe.budget,), len(available))

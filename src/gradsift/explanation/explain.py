@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -621,16 +622,10 @@ def explain(
         raise ConfigError("there are no strategies: give at least one, such as most_helpful")
     _check_once("strategy", [strategy.strategy for strategy in strategies])
     _check_once("estimator", [ranker.label for ranker in estimators])
-    for ranker in estimators:
-        if not ranker.pairs or ranker.takes == "reward":
-            raise ConfigError(
-                f"{ranker.label} has no score for each output: explain with LESS, DataInf, ProjectedInverse, TRAK, "
-                "BM25 or RDS"
-            )
-        if any(question.instead is not None for question in questions):
+    check_methods(pool, estimators, strategies)
+    if any(question.instead is not None for question in questions):
+        for ranker in estimators:
             refuse_contrast(ranker)
-        for strategy in strategies:
-            strategy.check(ranker, explaining=True)
     checkpoint = pool.checkpoints()[-1]
     asked, again = _once_each(questions, lambda question: question.id, "a prompt of this id comes before it")
     answered, failed = answers(pool, asked, max_new_tokens=max_new_tokens)
@@ -676,6 +671,23 @@ def kept_explanations(
     work = Explanations(pool=pool, source=source, store=store, gradients=gradients, **how)
     entries = tuple(found for output in answered if (found := work._kept(work._key(output))) is not None)
     return replace(work, entries=entries)
+
+
+def check_methods(pool: Pool, estimators: Iterable[Estimator], strategies: Iterable[Selector]) -> None:
+    """Refuse estimators and strategies that cannot explain one output, or lack what they take here.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    for ranker, strategy in product(estimators, strategies):
+        if not ranker.pairs or ranker.takes == "reward":
+            raise ConfigError(
+                f"{ranker.label} has no score for each output: explain with LESS, DataInf, ProjectedInverse, TRAK, "
+                "BM25 or RDS"
+            )
+        strategy.check(ranker, explaining=True)
+        ranker.preflight(pool, None)
+        strategy.preflight(pool, None, ranker)
 
 
 def refuse_contrast(ranker: Estimator) -> None:

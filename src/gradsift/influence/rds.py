@@ -44,7 +44,6 @@ class RDS(Estimator):
     def preflight(self, pool: Pool, target: Target | None) -> None:
         """Whether the text model is there, too."""
         super().preflight(pool, target)
-        require()
         embedding_identity(self.model)
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
@@ -70,7 +69,12 @@ def rds_scores(pool: NDArray[np.float32], target: NDArray[np.float32]) -> NDArra
 
 
 def embedding_identity(model: str) -> dict[str, Any]:
-    """What decides the embedding of a text, the revision of our own part included."""
+    """What decides the embedding of a text, the revision of our own part included.
+
+    Raises:
+        ConfigError, ModelError: the package or the model is not there.
+    """
+    require()
     return {"model": whole_identity(place_of(model)), **revisions("embeddings")}
 
 

@@ -24,7 +24,7 @@ from gradsift.evaluation.arms import REST_OF_TARGET
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.mixture import Mixture, mix, sources_of, train_mixtures
 from gradsift.execution.ray import engine_of
-from gradsift.explanation.explain import check_budgets, explain, explained_views, refuse_contrast
+from gradsift.explanation.explain import check_budgets, check_methods, explain, explained_views, refuse_contrast
 from gradsift.explanation.outputs import Question, question_of, questions_of
 from gradsift.explanation.table import coefficient_statistics, relevance_table
 from gradsift.gradients.rows import View
@@ -251,6 +251,7 @@ def score_all(recipe: Recipe, reporter: Reporter, *, command: str) -> Result:
     methods = methods_of(recipe)
     for method in methods:
         method.preflight(pool, target)
+    recipe.selection.preflight(pool, target, recipe.estimator)
     collect_together(pool, target, methods, views_beside(recipe))
     result.scores = [score(pool, target, method, aggregation=recipe.aggregation) for method in methods]
     save_tables(pool, result.scores)
@@ -300,6 +301,7 @@ def _check_sizes(result: Result) -> None:
     budget_count(recipe.budget, available) if recipe.drop is None else kept_count(recipe.drop, available)
     if recipe.explain is not None:
         check_budgets(recipe.explain.budgets, len(result.pool.data), recipe.explain.candidates)
+        check_methods(result.pool, recipe.explain.estimators, recipe.explain.strategies)
     for column in recipe.group_by:
         result.pool.data.column(column)
 

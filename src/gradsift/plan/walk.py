@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from gradsift.explanation.explain import (
     OPPOSING,
     RANDOM,
     Explanations,
+    check_methods,
     explained_views,
     kept_explanations,
     shown_budget,
@@ -54,7 +55,6 @@ from gradsift.influence.estimator import (
     target_view,
     views_read,
 )
-from gradsift.influence.less import LESS
 from gradsift.influence.nice import PolicyEstimator, PolicyTargets, sampler_of, takes_reward
 from gradsift.influence.prompts import PromptTarget, missing_rewards
 from gradsift.influence.ratings import (
@@ -81,13 +81,12 @@ from gradsift.plan.work import Asked, Drawing, Work
 from gradsift.recipe import Explain, Recipe, Validate
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.reward import single_rewards
-from gradsift.rewards.reward_model import RewardModel
 from gradsift.rewards.samples import prompt_of
-from gradsift.rewards.unit_tests import UnitTests
+from gradsift.rewards.value import RewardValue
 from gradsift.selection.candidates import ORDERS
 from gradsift.selection.random import RandomChoice
 from gradsift.selection.select import budget_count, kept_count
-from gradsift.selection.selector import Selector
+from gradsift.selection.selector import Selector, reader_beside
 from gradsift.store.run import Run
 from gradsift.validation.bench import Bench, is_benched
 from gradsift.validation.validate import is_validated
@@ -298,9 +297,10 @@ class Walk:
         """What a selector reads beside scores, and takes of the model."""
         for budget in budgets if self.target is not None else ():
             assert self.target is not None
+            selector.preflight(self.pool, self.target, estimator)
             for one in selector.passes(self.kept or self.pool, self.target, estimator, budget):
                 self._passed(one, selector, estimator, budget)
-        reading = estimator if estimator.view is not None else LESS(optimizer="sgd")
+        reading = reader_beside(estimator)
         if selector.takes == "checkpoints":
             self._gradients(reading, targets=True)
         elif selector.takes in ("rows", "target"):
@@ -445,14 +445,13 @@ class Walk:
     def earn(self, stage: str, target: PromptTarget, responses: int, limit: int, *, role: str = "judge") -> None:
         """What the rewards of so many responses take beside arithmetic."""
         singles = single_rewards(target.reward)
-        programs = responses * sum(isinstance(single, UnitTests) for single in singles)
-        texts = responses * sum(isinstance(single, RewardModel) for single in singles)
+        programs = responses * sum(single.programs for single in singles)
+        texts = responses * sum(single.texts for single in singles)
         asked = []
         for single in singles:
-            if isinstance(single, Judge) and isinstance(target.judge, Endpoint):
-                calls = responses * (2 if single.mode == "pairwise" else 1)
-                question = partial(_judge_some, single, target)
-                judging = Judging(single, target.judge, calls, question)
+            if single.questions and isinstance(target.judge, Endpoint):
+                question, judge = partial(_judge_some, single, target), cast(Judge, single)
+                judging = Judging(judge, target.judge, responses * single.questions, question)
                 asked += self.judged(judging, limit, role)
         if programs or texts or asked:
             work = Work(stage, asked=tuple(asked), programs=programs, texts=texts, seconds=None, done=not responses)
@@ -529,6 +528,7 @@ class Walk:
     def _explain(self, job: Explain) -> None:
         """Answers, their gradients, choosing, and training on what was chosen."""
         pool = self.pool
+        check_methods(pool, job.estimators, job.strategies)
         questions, _ = explain_questions(self.recipe, pool)
         last = len(self._checkpoints()) - 1
         place, checkpoint = self.kept or pool, self._checkpoints()[last]
@@ -802,15 +802,12 @@ def _kept_pool(recipe: Recipe, pool: Pool) -> Pool | None:
     return replace(pool, run=run, reporter=silent())
 
 
-def _judge_some(judge: Judge, target: PromptTarget, bound: Any) -> None:
+def _judge_some(judge: RewardValue, target: PromptTarget, bound: Any) -> None:
     """Put questions about some prompts with empty responses to a judge."""
     examples = target.data.examples[:: max(1, len(target.data) // ASKED)]
     rows = [example.row for example in examples]
-    reference: dict[str, Any] = {}
-    if judge.mode == "pairwise":
-        columns = {judge.reference: [row[judge.reference] for row in rows if judge.reference in row]}
-        reference = columns if len(columns[judge.reference]) == len(rows) else {}
-    bound(prompts=[prompt_of(example) for example in examples], completions=[""] * len(examples), **reference)
+    read = {name: [row[name] for row in rows] for name in judge.columns if all(name in row for row in rows)}
+    bound(prompts=[prompt_of(example) for example in examples], completions=[""] * len(examples), **read)
 
 
 class _Counting:

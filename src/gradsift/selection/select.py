@@ -15,11 +15,10 @@ from gradsift.context import Pool
 from gradsift.data.columns import add_columns
 from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.estimator import Estimator, both_stores, target_rows
-from gradsift.influence.less import LESS
 from gradsift.influence.scores import Scores
 from gradsift.report.blocks import Block, Shown
 from gradsift.selection.candidates import CANDIDATES, Candidates
-from gradsift.selection.selector import Selector, chosen
+from gradsift.selection.selector import Selector, chosen, reader_beside
 from gradsift.selection.top_k import TopK
 
 
@@ -214,7 +213,7 @@ def _candidates(scores: Scores, method: Selector, budget: int) -> Candidates:
         store = pool.stores(checkpoint, [view])[view]
     else:
         assert target is not None, "see `check`"
-        targets = (LESS(optimizer="sgd") if estimator.view is None else estimator).targets(pool, target)
+        targets = reader_beside(estimator).targets(pool, target)
         store, queries = both_stores(pool, targets, checkpoint, view)
         gradient = target_rows(queries, targets.ids).mean(dim=0)
     return Candidates.stored(store, scores.ids, scores.aggregate, gradient, **more)

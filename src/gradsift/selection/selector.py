@@ -12,6 +12,8 @@ from gradsift.base.settings import Settings
 from gradsift.context import Pool, Target
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator, Passes, source_of
+from gradsift.influence.less import LESS
+from gradsift.influence.rds import embedding_identity
 from gradsift.selection.candidates import Candidates, Order, SimilarityKind
 
 Choices = dict[int, list[list[int]]]
@@ -106,6 +108,17 @@ class Selector(Settings):
                 f"{self.kind.replace('_', ' ')} needs {needed}, and there is none: give a target, or choose otherwise"
             )
 
+    def preflight(self, pool: Pool, target: Target | None, estimator: Estimator) -> None:
+        """Refuse what it cannot do here, before anything heavy, as `Estimator.preflight` does.
+
+        Raises:
+            ConfigError: the target lacks what it takes, or something else that it reads is missing.
+        """
+        if self.text_model is not None:
+            embedding_identity(self.text_model)
+        if target is not None and self.takes in ("target", "checkpoints"):
+            reader_beside(estimator).preflight(pool, target)
+
     def view_with(self, estimator: Estimator) -> View:
         """Which of the pool's rows it reads beside an estimator's scores."""
         return self.view or estimator.view or "plain"
@@ -128,6 +141,11 @@ class Selector(Settings):
     def selections(self, candidates: Candidates, budget: int) -> list[list[int]]:
         """What it chooses to explain an output: one choice, or several draws."""
         return [chosen(self, candidates, budget)]
+
+
+def reader_beside(estimator: Estimator) -> Estimator:
+    """Whose gradients of targets and rows a selector reads: the estimator's, or plain ones where it takes none."""
+    return estimator if estimator.view is not None else LESS(optimizer="sgd")
 
 
 def label_of(name: str, order: Order | Literal["any"], usual: Order | Literal["any"] = "most_helpful") -> str:

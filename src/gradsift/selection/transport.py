@@ -15,10 +15,9 @@ from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Seed
 from gradsift.influence.estimator import both_stores, rate_weights, target_rows
-from gradsift.influence.less import LESS
 from gradsift.influence.products import unit_rows
 from gradsift.selection.candidates import Candidates
-from gradsift.selection.selector import Selector
+from gradsift.selection.selector import Selector, reader_beside
 
 Array = NDArray[np.float64]
 
@@ -80,17 +79,10 @@ def tsds(
 ) -> list[int]:
     """Positions drawn from the distribution over the pool that `tsds_probabilities` computes, in the order drawn.
 
-    Without replacement (ours; the authors draw with it), each position is drawn in proportion to its probability among
-    those that are left. Where the budget exceeds the positions that have any probability, the rest follow by their
-    distance from the nearest target, ties by position.
-
-    Args:
-        pool: [pool dim].
-        target: [target dim].
-        budget: how many to draw.
-        alpha, c, sigma, neighbours, density_neighbours: see `tsds_probabilities`.
-        with_replacement: draw independently, as published; positions may repeat.
-        generator: of the draw; torch's own by default.
+    Without replacement (ours; the authors draw with it, and then positions may repeat), each position is drawn in
+    proportion to its probability among those that are left. Where the budget exceeds the positions that have any
+    probability, the rest follow by their distance from the nearest target, ties by position. Of [pool dim] and [target
+    dim], with the parameters of `tsds_probabilities`; the generator is torch's own by default.
 
     Raises:
         ConfigError: a budget below 1 or, without replacement, above the size of the pool; a parameter out of range.
@@ -265,7 +257,7 @@ def _transport_rows(candidates: Candidates) -> tuple[list[int], Tensor, Tensor]:
     nearer than most examples are to each other.
     """
     scores, pool, target = candidates.whole()
-    method = LESS(optimizer="sgd") if scores.method.view is None else scores.method
+    method = reader_beside(scores.method)
     view = method.view or "plain"
     checkpoints, sources = method.checkpoints_of(pool), method.targets(pool, target)
     both = [both_stores(pool, sources, checkpoint, view) for checkpoint in checkpoints]

@@ -250,7 +250,8 @@ class _Judge:
     """A benchmark under way."""
 
     def __init__(self, pool: Pool, target: Target, settings: Bench) -> None:
-        self.pool, self.target, self.settings = pool, target, settings
+        lacking = [*filter(None, (method.without_labels(target) for method in settings.judged))]
+        self.pool, self.target, self.settings = pool, target.labelled if lacking else target, settings
         self.scores: dict[str, NDArray[np.float64]] = {}  # [row target], −∞ without a score
         self.whole: dict[str, NDArray[np.float64]] = {}  # [row], over targets
         self.costs: dict[str, Cost] = {}
@@ -258,7 +259,7 @@ class _Judge:
         excluded = {skip.id for skip in target.overlap}
         self.available = np.array([id_ not in excluded for id_ in pool.data.ids])
         self.seed = pool.seed
-        self.warnings: list[str] = []
+        self.warnings = [f"{lacking[0]}; nor do they for other methods"] if lacking else list[str]()
 
     def benchmark(self) -> Benchmark:
         makers: dict[Measure, Callable[[], list[Column]]] = {

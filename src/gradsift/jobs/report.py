@@ -31,7 +31,7 @@ from gradsift.explanation.shown import (
     prompt_of,
     verdicts_line,
 )
-from gradsift.explanation.table_shown import coefficient_blocks, extreme_blocks, gain_blocks, relevance_blocks
+from gradsift.explanation.table import coefficient_blocks, extreme_blocks, gain_blocks, relevance_blocks
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator
 from gradsift.influence.estimators import estimators

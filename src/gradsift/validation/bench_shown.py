@@ -60,10 +60,8 @@ def _table(found: Benchmark, own: list[Column]) -> Table:
         for column in own:
             value, near = column.values[label], label != found.methods[-1] and column.near(label)
             tag = "best" if label == column.best else "≈" if near else ""
-            cells.append(
-                Cell(_number(value.value), f"{_number(value.low)} to {_number(value.high)}", tag=tag,
-                     tone="best" if near else "")
-            )  # fmt: skip
+            interval = "" if value.low != value.low else f"{_number(value.low)} to {_number(value.high)}"
+            cells.append(Cell(_number(value.value), interval, tag=tag, tone="best" if near else ""))
         cost = found.costs[label]
         rows.append(Row((*cells, f"{cost.seconds:,.1f} s", f"{cost.bytes / 1e6:,.1f} MB")))
     for name, values in (
@@ -97,4 +95,4 @@ def _against_cost(found: Benchmark, column: Column) -> Chart:
 
 
 def _number(value: float) -> str:
-    return "–" if value != value else f"{value:.3f}"
+    return "–" if value != value else f"{value:.3f}".replace("-", "−")

@@ -22,9 +22,11 @@ from gradsift.jobs.rollouts import run_reward, run_sample
 from gradsift.jobs.select_explain import run_recipe
 from gradsift.model import embeddings
 from gradsift.plan.measure import estimate
-from gradsift.plan.walk import walked
+from gradsift.plan.walk import Walk, walked
 from gradsift.plan.work import Work, endpoints
 from gradsift.recipe import Recipe
+from gradsift.rewards.form import Length
+from gradsift.rewards.value import RewardValue
 from gradsift.selection.selectors import OWN as SELECTORS
 from gradsift.store.run import Run
 from gradsift.store.tensors import read_tensors
@@ -229,6 +231,48 @@ def test_responses_and_rewards_alone_are_counted(recipe: Callable[..., Recipe], 
     assert all(work.done for work in walk(asked, tmp_path, "reward"))
     with pytest.raises(gs.errors.ConfigError, match="--for 'dance' is unknown"):
         walk(asked, tmp_path, "dance")
+
+
+class Dear(RewardValue):
+    """A reward of no class that is known."""
+
+    programs: ClassVar[int] = 2
+    texts: ClassVar[int] = 3
+    together: ClassVar[int | None] = 5
+
+    kind: Literal["dear"] = "dear"
+    answer: str = "gold"
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        BATCHES.append(len(completions))
+        return [1.0] * len(completions)
+
+    def notes(self) -> list[str]:
+        return ["it is dear"]
+
+
+BATCHES: list[int] = []
+
+
+def test_a_reward_says_what_it_is(
+    recipe: Callable[..., Recipe], tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it reads is missed before anything is sampled, and what decides it, how many responses it is given at once,
+    what is to be said of it and what it takes are the value's own, whatever its class, in a list, too."""
+    told: list[str] = []
+    monkeypatch.setattr(gs.Reporter, "say_once", lambda _, said: told.append(said))
+    pool = tiny.open_pool(tmp_path / "run")
+    for reward in (Dear(), [Length(maximum=9), Dear()]):
+        with pytest.raises(gs.errors.ConfigError, match="the reward dear reads the column 'gold'"):
+            gs.open_prompts(tiny.target, pool, reward).check_reward()
+    target = gs.open_prompts([row | {"gold": ""} for row in target_rows(4)], pool, Dear())
+    assert target.reward_identity() == {"rewards": [{"kind": "dear", "answer": "gold"}], "weights": None, "judge": None}
+    gs.score(pool, target, gs.NICE(sampling=gs.Sampling(**SAMPLING)))
+    assert BATCHES == [5, 3] * 2
+    assert set(told) == {"it is dear"}
+    announced = Walk(recipe(), pool, target, None)
+    announced.earn("rewards", target, 8, 3)
+    assert [(work.programs, work.texts) for work in announced.works] == [(16, 24)]
 
 
 def test_a_choice_and_an_explanation_share_their_gradients(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -297,10 +297,7 @@ def replay_of(world: World, seed: int) -> Replay:
     pool = world.pool
     rows = pool.training.positions(sorted(pool.data.ids))
     record = recorded(world.training, rows, [], seed=seed, eps_root=world.eps_root)
-    return Replay(
-        pool.run, pool.training, record, model=pool.model, dtype=pool.dtype, device=pool.device, budget=2.0**34,
-        reporter=Reporter(quiet=True),
-    )  # fmt: skip
+    return Replay(replace(pool, reporter=Reporter(quiet=True)), record, memory=16)
 
 
 def write_whole(path: Path, value: Any) -> None:

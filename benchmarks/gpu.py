@@ -30,11 +30,11 @@ from gradsift.base.memory import empty_device_cache, is_out_of_memory
 from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.background import to_host, write, writing_in_background
-from gradsift.gradients.batching import form_batches
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import RowSettings, gradient_rows
+from gradsift.model.batching import form_batches
 from gradsift.model.loss import head_at, pad, to_device, token_mean
 from gradsift.store.gradient_store import GradientStoreWriter, ShardColumns
 from gradsift.store.storage import LocalStorage

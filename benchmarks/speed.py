@@ -43,10 +43,10 @@ from gpu import (  # noqa: F401 - sections are found by name
 
 from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.gradients.adam import AdamDirection
-from gradsift.gradients.batching import Batch, automatic_lanes, automatic_token_budget, form_batches
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import RowSettings, gradient_rows
+from gradsift.model.batching import Batch, automatic_lanes, automatic_token_budget, form_batches
 from gradsift.model.loss import token_mean
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, ShardColumns
 from gradsift.store.storage import LocalStorage

@@ -216,7 +216,7 @@ def test_reasons_for_skipping_are_those_of_the_code() -> None:
         rows |= set(re.findall(r'problem\s*=\s*\(\s*"(\w+)"', text))
         rows |= set(re.findall(r'Skipped\(\s*[\w.]+,\s*"(\w+)"', text))
         rows |= set(re.findall(r'\.skipped\(\s*"(\w+)"', text))
-        parts |= set(re.findall(r'(?:in_part|Unused)\(\s*"(\w+)"', text))
+        parts |= set(re.findall(r'(?:in_part\(|Skipped\("",)\s*"(\w+)"', text))
     assert explained("meaning") == rows
     assert explained("what is left out") == parts
     assert set(re.findall(r"`(\w+_file)`", page)) == {"unread_file", "broken_file"}

@@ -20,10 +20,8 @@ from gradsift.data.prepare import prepare
 from gradsift.data.rows import Rows
 from gradsift.data.sample import RowSample
 from gradsift.execution.engine import LOCAL, Engine
-from gradsift.gradients.capture import find_modules
 from gradsift.gradients.collect import AtCheckpoint, Gradients, collect_at
 from gradsift.gradients.rows import View
-from gradsift.gradients.self_check import kept_check
 from gradsift.model.models import DtypeName, find_adapter, load_tokenizer, model_identity, positions, resolve_device
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.precision import MeasuredError
@@ -94,16 +92,8 @@ class Pool(Setup):
 
     def _check(self, network: Any) -> None:
         """Refuse a model whose gradients the hooks will not see, before it is trained."""
-        kept_check(
-            self.run,
-            network,
-            find_modules(network, self.gradients.modules).captured,
-            self.data.sequences_at(range(min(len(self.data), _CHECKED))),
-            model=self.model,
-            pattern=self.gradients.modules,
-            autocast=self.gradients.autocast_type,
-            checkpointing=self.gradients.gradient_checkpointing,
-        )
+        rows = self.data.sequences_at(range(min(len(self.data), _CHECKED)))
+        self.at(Checkpoint(None)).check(self.run, network, rows)
 
     def stores(self, checkpoint: Checkpoint, views: Sequence[View]) -> dict[View, GradientStore]:
         """The pool's gradient stores at a checkpoint, collected now if the run does not hold them."""
@@ -159,6 +149,11 @@ class Target:
     def labels(self) -> Dataset | None:
         """The rows that have an answer, tokenised; None where there is none."""
         return self.data if isinstance(self.data, Dataset) else None
+
+    @property
+    def labelled(self) -> Target:
+        """The part that has an answer to learn: all of it, but of prompts."""
+        return self
 
 
 def setup_of(

@@ -21,12 +21,12 @@ import oracles
 from gradsift.base.types import Sequence
 from gradsift.gradients.adam import AdamDirection
 from gradsift.gradients.background import to_host
-from gradsift.gradients.batching import automatic_token_budget, measured_token_budget, repeated
 from gradsift.gradients.capture import find_modules
 from gradsift.gradients.hessian import Curvature, curvature_product
-from gradsift.gradients.losses import row_losses
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import RowSettings, ShardRows, gradient_rows
+from gradsift.model.batching import automatic_token_budget, measured_token_budget, repeated
+from gradsift.model.losses import row_losses
 from gradsift.model.models import attach_adapter, load_model
 
 pytestmark = [

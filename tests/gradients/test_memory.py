@@ -24,7 +24,10 @@ from gradsift.base.errors import ModelError
 from gradsift.base.memory import is_out_of_memory
 from gradsift.base.types import Sequence
 from gradsift.gradients.adam import AdamDirection
-from gradsift.gradients.batching import (
+from gradsift.gradients.capture import find_modules
+from gradsift.gradients.projection import Projection, Projector, plan_segments
+from gradsift.gradients.rows import RowSettings, ShardRows, gradient_rows
+from gradsift.model.batching import (
     budget_from,
     form_batches,
     line_through,
@@ -32,9 +35,6 @@ from gradsift.gradients.batching import (
     repeated,
     sequence_tokens,
 )
-from gradsift.gradients.capture import find_modules
-from gradsift.gradients.projection import Projection, Projector, plan_segments
-from gradsift.gradients.rows import RowSettings, ShardRows, gradient_rows
 from gradsift.model.loss import head_at, pad
 from gradsift.model.models import load_model
 

@@ -26,11 +26,11 @@ import oracles
 from gradsift.base.errors import ConfigError, ModelError
 from gradsift.base.types import Sequence
 from gradsift.gradients.adam import AdamDirection
-from gradsift.gradients.batching import automatic_lanes
 from gradsift.gradients.capture import Capture, find_modules
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projection, Projector, plan_segments
 from gradsift.gradients.rows import RowSettings, ShardRows, gradient_rows
+from gradsift.model.batching import automatic_lanes
 from gradsift.model.loss import weighted_nll
 
 LENGTHS = [9, 4, 17, 9, 2, 12]

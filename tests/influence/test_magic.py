@@ -15,12 +15,12 @@ import gradsift as gs
 from gradsift.base.errors import ConfigError, DataError, ModelError
 from gradsift.base.types import Sequence
 from gradsift.context import Pool
-from gradsift.gradients.losses import row_losses
 from gradsift.influence import replay as replays
 from gradsift.influence import smooth as training
 from gradsift.influence.magic import MAGIC
 from gradsift.influence.nice import PolicyTargets
 from gradsift.influence.nice_magic import NICEMAGIC
+from gradsift.model.losses import row_losses
 from gradsift.model.models import host
 from gradsift.report.blocks import Examples
 from gradsift.store.tensors import publish_tensors, read_tensors

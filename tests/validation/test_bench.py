@@ -384,20 +384,13 @@ def test_costs_are_those_of_a_method_alone(opened: tuple[gs.Pool, gs.Target], tm
 def test_costs_of_interrupted_attempts_are_counted(
     opened: tuple[gs.Pool, gs.Target], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a method took until Ctrl-C is part of its cost once it is scored, and not counted again; what it took so far
-    is noted while it works."""
+    """What a method took until Ctrl-C is part of its cost once it is scored, and not counted again."""
     pool, target = opened
     attempts = [0.3, 0.0]
-    monkeypatch.setattr("gradsift.validation.bench._NOTE_SECONDS", 0.05)
-    before = set(Path(pool.run.place).glob("bench/cost-*.json"))
 
     def interrupted(self: Knowing, *_: Any) -> gs.Influence:
         time.sleep(attempts.pop(0))
         if attempts:
-            (noted,) = set(Path(pool.run.place).glob("bench/cost-*.json")) - before
-            kept = json.loads(noted.read_text())
-            assert kept["seconds"] > 0
-            assert not kept["done"]
             raise KeyboardInterrupt
         return influence(self, *_)
 

@@ -25,8 +25,8 @@ from transformers import (
 import gradsift as gs
 from gradsift.base.errors import ConfigError, CorruptError, DataError, MismatchError
 from gradsift.context import Pool
-from gradsift.gradients.losses import row_losses
 from gradsift.influence.magic import MAGIC
+from gradsift.model.losses import row_losses
 from gradsift.warmup.checkpoint import load_moments, open_checkpoint
 from gradsift.warmup.recording import open_recording, recorded_checkpoints
 from tiny_world import World, pool_rows, save_model, target_rows

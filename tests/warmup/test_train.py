@@ -25,12 +25,12 @@ from gradsift.base.errors import ConfigError, CorruptError, DataError, ModelErro
 from gradsift.base.types import Sequence
 from gradsift.data.dataset import Dataset
 from gradsift.model import models
+from gradsift.model.batching import form_batches
 from gradsift.model.models import host, parameter_name
 from gradsift.store.run import Run
 from gradsift.warmup import trainer as trainer_module
 from gradsift.warmup.checkpoint import Checkpoint, load_moments, open_checkpoint, trained_parameters
 from gradsift.warmup.train import PRESETS, TRAINING_PRESETS, Training, Warmup, effective_batch_size, train, warm_up
-from gradsift.warmup.trainer import micro_batches
 from reporters import Listening
 
 VOCABULARY = 128
@@ -572,7 +572,7 @@ def test_micro_batches_keep_the_token_budget() -> None:
     rng = np.random.default_rng(0)
     lengths = [*rng.integers(2, 60, 50).tolist(), 200]
     sequences = [Sequence(row, np.zeros(n, np.int32), np.zeros(n, np.float32)) for row, n in enumerate(lengths)]
-    parts = micro_batches(sequences, 128)
+    parts = [batch.sequences for batch in form_batches(sequences, 128, whole=True)]
     assert sorted(sequence.row for part in parts for sequence in part) == list(range(51))
     assert all(len(part) * max(len(s.token_ids) for s in part) <= 128 or len(part) == 1 for part in parts)
     assert len(parts) < 30

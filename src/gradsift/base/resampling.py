@@ -81,3 +81,13 @@ def estimate_of(
         tail = 100 * float(ndtr(-wide))
         low, high = np.percentile(there, (tail, 100 - tail))
     return Estimate(float(value), float(low), float(high))
+
+
+def estimated(
+    statistic: Callable[..., float], units: int | Sequence[Hashable], draws: int = 400, seed: int = 0, *,
+    beside: int = 0, within: tuple[float, float] = (-np.inf, np.inf),
+) -> Estimate:  # fmt: skip
+    """One statistic with its interval: `estimate_of` of what `bootstrap` draws."""
+    value, drawn = bootstrap(lambda *of: np.array([statistic(*of)]), units, draws, seed, beside=beside)
+    count = units if isinstance(units, int) else len(set(units))
+    return estimate_of(value[0], drawn[:, 0], count, within=within)

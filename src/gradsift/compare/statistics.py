@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.ranks import jaccard
-from gradsift.base.resampling import bootstrap, estimate_of
+from gradsift.base.resampling import estimated
 
 _Key = TypeVar("_Key", bound=Hashable)
 Interval = Literal["t", "bootstrap"]
@@ -80,8 +80,7 @@ def paired_difference(
 
         half = float(stdtrit(count - 1, 0.975)) * float(differences.std(ddof=1)) / math.sqrt(count)
         return Difference(mean, mean - half, mean + half, count)
-    _, drawn = bootstrap(lambda rows: differences[rows].mean(), count, _DRAWS)
-    found = estimate_of(mean, drawn, count)
+    found = estimated(lambda rows: float(differences[rows].mean()), count, _DRAWS)
     return Difference(mean, found.low, found.high, count)
 
 

@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
 from numbers import Real
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Settings, later
-from gradsift.base.types import REASONING, TEXT, Flags, Message, said
+from gradsift.base.types import REASONING, TEXT, Example, Flags, Message, Skipped, said
 from gradsift.data.account import common_length
 from gradsift.data.sources import kind_of
 from gradsift.store.manifest import canonical
@@ -167,27 +166,6 @@ class Columns(Settings):
         return frozenset(name for name in self.model_dump().values() if name is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class Unused:
-    """Something of a row that is not used: (reason, detail, part) of `Example.in_part`."""
-
-    reason: str
-    detail: str
-    part: str
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """What a row says: the fields of an `Example` that come from its format."""
-
-    messages: tuple[Message, ...]
-    flags: tuple[Flags | None, ...]
-    options: str
-    unused: tuple[Unused, ...]
-    weight: float = 1.0
-    prompt: int = 0
-
-
 class BadRowError(Exception):
     """Why one row cannot be used; `load_examples` turns it into a `Skipped`."""
 
@@ -199,8 +177,8 @@ class BadRowError(Exception):
 
 def read_conversation(
     row: Mapping[str, Any], columns: Columns, *, require_answer: bool = True, answer: Answer | None = None
-) -> Conversation:
-    """The conversation that a row holds; of a preference pair that with the `answer` that is asked for.
+) -> Example:
+    """The conversation that a row holds, still without an id; of a preference pair that with the `answer` asked for.
 
     BadRowError: it holds none, or one with nothing to learn from where an answer is required.
     """
@@ -211,8 +189,8 @@ def read_conversation(
         row = in_two_columns(row, columns)
         turns = _answered(row, columns, answer)
     if isinstance(turns, _PlainText):
-        unused = _unused_columns(row, columns, turns)
-        return Conversation(tuple(turns), (), "", (*unused, *_unused_options(row, columns)), _weight(row, columns))
+        unused = (*_unused_columns(row, columns, turns), *_unused_options(row, columns))
+        return Example("", tuple(turns), row, unused=unused, weight=_weight(row, columns))
     if columns.system is not None and columns.system not in row:
         raise _missing(row, [columns.system])
     system = row.get(columns.system or "system")
@@ -231,13 +209,15 @@ def read_conversation(
     if require_answer and not learned:
         roles = ", ".join(message["role"] for message in messages[:5])
         raise BadRowError("no_assistant_turn", f"no assistant turn to learn from (roles found: {roles})")
-    return Conversation(
+    return Example(
+        "",
         tuple(messages),
-        tuple(flags) if any(flag is not None for flag in flags) else (),
-        _options(row, columns),
-        (*_unused_fields(turns, messages), *_unused_columns(row, columns, messages)),
-        _weight(row, columns),
-        prompt,
+        row,
+        flags=tuple(flags) if any(flag is not None for flag in flags) else (),
+        options=_options(row, columns),
+        unused=(*_unused_fields(turns, messages), *_unused_columns(row, columns, messages)),
+        weight=_weight(row, columns),
+        prompt=prompt,
     )
 
 
@@ -807,7 +787,7 @@ def _tool(tool: Any, what: str) -> Mapping[str, Any]:
     return tool
 
 
-def _unused_fields(turns: list[Any], messages: list[Message]) -> Iterator[Unused]:
+def _unused_fields(turns: list[Any], messages: list[Message]) -> Iterator[Skipped]:
     for position, (turn, message) in enumerate(zip(turns, messages, strict=True), start=1):
         for name in turn:
             of_others = name not in message and any(name in own for own in _FIELDS_OF.values())
@@ -831,11 +811,12 @@ def _unused_fields(turns: list[Any], messages: list[Message]) -> Iterator[Unused
             yield _unused_field(position, words, "from of a message")
 
 
-def _unused_field(position: int, words: str, which: str) -> Unused:
-    return Unused("field_not_used", f"message {position} {words}", f"field {which} not used")
+def _unused_field(position: int, words: str, which: str) -> Skipped:
+    part = f"field {which} not used"
+    return Skipped("", "field_not_used", f"message {position} {words}", left_out="part", part=part)
 
 
-def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> Iterator[Unused]:
+def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> Iterator[Skipped]:
     answers = _ANSWERED if columns.text is None and messages[0]["role"] == TEXT else ()
     for name in row:
         if name in answers and name not in columns.named and _is_something(row[name]):
@@ -874,15 +855,16 @@ def _unused_columns(row: Mapping[str, Any], columns: Columns, messages: list[Mes
             yield _unused_column(" and ".join(rival), words)
 
 
-def _unused_options(row: Mapping[str, Any], columns: Columns) -> Iterator[Unused]:
+def _unused_options(row: Mapping[str, Any], columns: Columns) -> Iterator[Skipped]:
     """What is meant for a chat template, which does not write plain texts."""
     for name in (_OPTIONS_COLUMN, columns.tools or _TOOLS_COLUMN):
         if _is_something(row.get(name)):
             yield _unused_column(name, "is not used: a plain text has no template")
 
 
-def _unused_column(name: str, words: str) -> Unused:
-    return Unused("column_not_used", f"column {name} {words}", f"column {name} not used")
+def _unused_column(name: str, words: str) -> Skipped:
+    part = f"column {name} not used"
+    return Skipped("", "column_not_used", f"column {name} {words}", left_out="part", part=part)
 
 
 def _matters(name: str, row: Mapping[str, Any]) -> bool:

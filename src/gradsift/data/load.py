@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from gradsift.base.errors import DataError, UnusableRowsError
@@ -149,26 +149,13 @@ class ExampleReader:
             if own_id is None and columns.id is not None:
                 raise BadRowError("missing_id", f"the id column {columns.id!r} is missing or empty")
         except BadRowError as problem:
-            where = f"{row.source}:{row.line}"
             skipped_id = _own_id(row.value, columns) if isinstance(row.value, Mapping) else None
-            return Skipped(skipped_id or where, problem.reason, problem.detail, row.source, row.line)
+            return Skipped(
+                skipped_id or f"{row.source}:{row.line}", problem.reason, problem.detail, row.source, row.line
+            )
         id_ = self._ids.unique(content_hash(read.messages)) if own_id is None else self._ids.own(own_id)
-        unused = tuple(
-            Skipped(id_, one.reason, one.detail, row.source, row.line, "part", one.part) for one in read.unused
-        )
-        return Example(
-            id_,
-            read.messages,
-            row.value,
-            row.raw,
-            flags=read.flags,
-            options=read.options,
-            unused=unused,
-            source=row.source,
-            line=row.line,
-            weight=read.weight,
-            prompt=read.prompt,
-        )
+        where: dict[str, Any] = {"id": id_, "source": row.source, "line": row.line}
+        return replace(read, raw=row.raw, unused=tuple(replace(one, **where) for one in read.unused), **where)
 
 
 # --- ids ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from gradsift.influence.bm25 import BM25
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
 from gradsift.jobs.report import print_result, write_results
-from gradsift.jobs.results import Outcome, Result
+from gradsift.jobs.results import Result
 from gradsift.jobs.select_explain import choose, explain_into, score_all, trust
 from gradsift.recipe import Explain, Recipe
 from gradsift.report.terminal import console
@@ -88,13 +88,12 @@ def _fine_tune(result: Result, held_out: Path, reporter: Reporter) -> None:
     pool = result.pool
     data = prepare(pool.run, str(held_out), pool.chat, what="held-out examples", reporter=reporter)
     before = held_out_loss(pool, data, Checkpoint(None), what="held-out loss before")
-    result.outcomes = [Outcome("before fine-tuning", {"held-out loss": before.mean})]
+    result.outcomes = {"before fine-tuning": {"held-out loss": before.mean}}
     for chosen in (result.selections[0], result.selections[-1]):
         name = chosen.estimator
         trained = train_on(pool, chosen, _FINE_TUNE, what=f"fine-tuning on the choice of {name}")
         after = held_out_loss(pool, data, trained.checkpoint, what=f"held-out loss, {name}")
-        values = {**_shares(pool, chosen), "held-out loss": after.mean}
-        result.outcomes.append(Outcome(f"24 chosen by {name}", values))
+        result.outcomes[f"24 chosen by {name}"] = {**_shares(pool, chosen), "held-out loss": after.mean}
     pairs = list(zip(pool.data.column("skill"), pool.data.column("quality"), strict=True))
     bad_within_skill = pairs.count((_SKILL, "bad")) / sum(skill == _SKILL for skill, _ in pairs)
     result.outcome_notes = [

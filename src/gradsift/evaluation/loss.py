@@ -19,7 +19,7 @@ from gradsift.data.prepare import prepare
 from gradsift.evaluation.metric import Figure, Measured, Needs, Notebook, left_out, mean_figure, source_name
 from gradsift.evaluation.preferences import BoundPreferences, Preferences
 from gradsift.evaluation.setup import Subject
-from gradsift.gradients.losses import row_losses
+from gradsift.model.losses import row_losses
 from gradsift.model.models import host
 from gradsift.warmup.checkpoint import Checkpoint
 

@@ -47,12 +47,8 @@ class RayCluster(Settings):
 
 
 class Worker:
-    """Runs one task at a time, and tells meanwhile how far it is.
-
-    Args:
-        folder: where the command was given, which paths in recipes are relative to.
-        paths: of modules of the user's own.
-        threads: for arithmetic.
+    """Runs one task at a time, and tells meanwhile how far it is: in the folder where the command was given, which
+    paths in recipes are relative to, with the paths of modules of the user's own, and so many threads for arithmetic.
     """
 
     def __init__(self, folder: str, paths: Sequence[str], threads: int) -> None:

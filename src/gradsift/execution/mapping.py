@@ -23,22 +23,16 @@ _SILENCE_SECONDS = 900.0  # in which one worker must have said something
 
 @dataclass(eq=False)
 class _Job:
-    """A task that waits or runs.
-
-    deaths: workers that it has brought down
-    told: units of it that `advance` has heard of
-    probe: rows [start, stop) of the task, which are tried by themselves
-    asked: how far it is, once the worker answers
-    """
+    """A task that waits or runs."""
 
     position: int
     task: Task
-    deaths: int = 0
-    probe: tuple[int, int] | None = None
+    deaths: int = 0  # workers that it has brought down
+    probe: tuple[int, int] | None = None  # rows [start, stop) of the task, which are tried by themselves
     worker: Any = None
     began: float = 0.0
-    told: float = 0.0
-    asked: Any = None
+    told: float = 0.0  # units of it that `advance` has heard of
+    asked: Any = None  # how far it is, once the worker answers
 
 
 @dataclass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
 from gradsift.base.resampling import bootstrap, estimate_of
 from gradsift.explanation.coefficients import MODELS, CoefficientModel
-from gradsift.explanation.explain import Explanations
+from gradsift.explanation.explain import Explanations, draw_of
 from gradsift.explanation.relevance import (
     Aggregation,
     Relevance,
@@ -132,16 +133,13 @@ class RelevanceTable:
 
 
 def relevance_table(
-    explanations: Explanations | Sequence[Explanation],
-    *,
-    how: Aggregation | None = None,
-    sort_by: int | None = None,
+    explanations: Explanations | Sequence[Explanation], *, how: Aggregation | None = None
 ) -> RelevanceTable:
     """Aggregate the relevance of every estimator, strategy and budget: over the draws for an output, then over outputs.
 
     `Explanations` over several outputs also have gains over naive choices and the most and least relevant ones. `how`
-    is by default the explanations' own aggregation, with which one output's row is its own result; `sort_by` a budget,
-    by default 10 where it is among them, else the largest.
+    is by default the explanations' own aggregation, with which one output's row is its own result. Rows are sorted by
+    the budget 10 where it is among them, else the largest.
     """
     whole = explanations if isinstance(explanations, Explanations) else None
     entries = explanations.entries if isinstance(explanations, Explanations) else tuple(explanations)
@@ -155,7 +153,7 @@ def relevance_table(
             if (over := entry.throughout_of(result)) is not None:
                 throughout.setdefault(key, []).append(over)
     budgets = tuple(sorted({k for _, _, k in grouped}))
-    sorted_at = sort_by or (10 if 10 in budgets else budgets[-1])
+    sorted_at = 10 if 10 in budgets else budgets[-1]
     between = _between(grouped, how)
     rows = [
         _row(
@@ -289,13 +287,11 @@ def coefficient_statistics(explanations: Explanations, k: int) -> tuple[Coeffici
                 found[model].append(relevance)
     statistics = []
     for model, own in found.items():
-        if not own:
-            continue
-        t = [one.coefficients.double().numpy() for one in own]
-        l2 = [float(np.linalg.norm(one)) for one in t]
-        l1 = float(np.mean([np.abs(one).sum() for one in t]))
-        nonzero = float(np.mean([(one != 0).mean() for one in t]))
-        negative = float(np.mean([(one < 0).mean() for one in t]))
-        norms, db = (l1, float(np.mean(l2)), float(np.median(l2))), summarise_relevance(own).db
-        statistics.append(CoefficientStatistics(model, k, len(own), *norms, nonzero, negative, db))
+        if own:
+            draws = [draw_of(relevance) for relevance in own]
+            l1, l2, nonzero, negative = (
+                [getattr(draw, name) for draw in draws] for name in ("l1", "l2", "nonzero", "negative")
+            )
+            shares, db = (fmean(nonzero), fmean(negative)), summarise_relevance(own).db
+            statistics.append(CoefficientStatistics(model, k, len(own), fmean(l1), fmean(l2), median(l2), *shares, db))
     return tuple(statistics)

@@ -10,16 +10,16 @@ from gradsift.report import text
 from gradsift.report.blocks import Block, Cell, Column, Entry, Row, Table, Text, columns
 
 
-def relevance_blocks(table: RelevanceTable, *, draws: int = 1, above: bool = True) -> tuple[Block, ...]:
+def relevance_blocks(table: RelevanceTable, *, draws: int = 1) -> tuple[Block, ...]:
     """The aggregate as the paper lays it out: a table for each estimator, strategies from the least relevant on.
 
-    The first strategy at or above 0 dB has a heavy line above it; `above` puts the share of outputs above it beside it.
+    The first strategy at or above 0 dB has a heavy line above it.
     """
     several, alone, sort = len(table.budgets) > 1, table.outputs == 1, table.sorted_at
     heads = [Column("strategy"), *(Column(f"k={k}", numeric=True) for k in table.budgets)]
     heads += [Column("AUC", numeric=True)] * several
     heads += [Column(f"95 % at k={sort}", "over outputs", numeric=True)] * (not alone)
-    heads += [Column("above 0 dB", f"k={sort}", numeric=True)] * (above and not alone)
+    heads += [Column("above 0 dB", f"k={sort}", numeric=True)] * (not alone)
     throughout = any(row.throughout for row in table.rows)
     heads += [Column("all checkpoints", f"dB, k={sort}", numeric=True)] * throughout
     over = [f"{table.outputs} outputs"] * (not alone) + [f"{draws} random draws"] * (draws > 1)
@@ -40,7 +40,7 @@ def relevance_blocks(table: RelevanceTable, *, draws: int = 1, above: bool = Tru
                 cells.append(Cell(column[number], tone="best") if wins else column[number])
             if (ends := row.between[sort]) is not None:
                 cells.append(" to ".join(text.written(end, "+.1f") for end in ends))
-            if above and not alone:
+            if not alone:
                 cells.append(text.share(row.above[sort]))
             if row.throughout is not None:
                 cells.append(text.written(row.throughout[sort], "+.2f"))

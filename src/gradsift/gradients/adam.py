@@ -32,21 +32,8 @@ def adam_direction(
     `bias_correction=True` divides m' by 1−β1^(t+1) and v' by 1−β2^(t+1) for an optimizer that has taken t = `step`
     steps; LESS's code and JI2S App. A leave it out, which is the default.
 
-    Γ is not linear in g: apply it to the whole gradient, before any projection.
-
-    Args:
-        gradient: any shape; `exp_avg` and `exp_avg_sq` broadcast against it from the right, so a batch
-            `[example out in]` of gradients of one module may be given with moments `[out in]`.
-        exp_avg: first moment m.
-        exp_avg_sq: second moment v, non-negative.
-        betas: Adam's decay rates (β1, β2).
-        eps: Adam's ε.
-        eps_placement: outside or inside the square root.
-        bias_correction: whether to undo the moments' start at zero.
-        step: number of optimizer steps taken when m and v were saved; needed with `bias_correction`.
-
-    Returns:
-        Γ, in the shape of `gradient`; float64 in, float64 out, anything narrower is computed in float32.
+    Γ is not linear in g: apply it to the whole gradient, before any projection. Moments broadcast from the right, such
+    as `[out in]` against gradients `[example out in]`, whose shape Γ has: in float64 for float64, else in float32.
 
     Raises:
         ShapeError: the moments do not broadcast to the gradient's shape.

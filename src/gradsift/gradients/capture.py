@@ -25,6 +25,7 @@ from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence
 from gradsift.gradients.checkpointing import checkpointed_layers
 from gradsift.gradients.folding import Captured, Experts, Fold, find_folds, folded_in
+from gradsift.model.adapters import nothing_trained
 from gradsift.model.loss import Labels, PaddedBatch, head_at, pad
 from gradsift.model.models import input_device, parameter_name
 from gradsift.warmup.checkpoint import trained_parameters
@@ -221,26 +222,19 @@ ConsumeFactors = Callable[[Captured, Tensor, Tensor], None]
 
 @dataclass(slots=True)
 class _Pass:
-    """One batch on its way through the model.
-
-    pending: uses of a module whose gradient is still to come
-    partial: gradients of a module's earlier uses
-    factors: inputs and output gradients of a module's earlier uses, by token, where those are wanted
-    again: whether a module runs once more on a part of the batch, of which hooks must not know
-    consumed: modules whose gradients were handed over
-    backward: whether the backward pass has begun; layers that run then run again, for checkpointing
-    """
+    """One batch on its way through the model."""
 
     batch: PaddedBatch
     consume: Consume
     consume_factors: ConsumeFactors | None
     consume_tokens: ConsumeFactors | None = None
-    pending: dict[str, int] = field(default_factory=dict)
-    partial: dict[str, Tensor] = field(default_factory=dict)
+    pending: dict[str, int] = field(default_factory=dict)  # uses of a module whose gradient is still to come
+    partial: dict[str, Tensor] = field(default_factory=dict)  # gradients of a module's earlier uses
+    # Inputs and output gradients of a module's earlier uses, by token, where those are wanted.
     factors: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    consumed: set[str] = field(default_factory=set)
-    backward: bool = False
-    again: bool = False
+    consumed: set[str] = field(default_factory=set)  # modules whose gradients were handed over
+    backward: bool = False  # whether the backward pass has begun; layers that run then run again, for checkpointing
+    again: bool = False  # whether a module runs once more on a part of the batch, of which hooks must not know
 
     def uses(self, captured: Captured) -> None:
         """Count a use of a module; its recomputation is none."""
@@ -284,8 +278,6 @@ class Capture:
         """Install the hooks; on leaving, remove them and restore train mode and `requires_grad`."""
         embeddings = _input_embeddings(self.model)
         assert embeddings is not None, f"{type(self.model).__name__} has no input embeddings"
-        required = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        training = [(module, module.training) for module in self.model.modules()]
         # Under autocast W + s·B·A would be rounded to the narrow type, and a small B·A be lost in it.
         folds = find_folds(self.model, self.modules) if self.autocast is None else []
         folded = {side for fold in folds for side in (fold.a, fold.b)}
@@ -301,20 +293,13 @@ class Capture:
                 for module in dict.fromkeys(module for c in run_again for module in (c.module, *c.also)):
                     used = [c for c in run_again if module in (c.module, *c.also)]
                     handles.append(module.register_forward_hook(self._again_hook(used), with_kwargs=True))
-                self.model.eval()
-                for parameter, _ in required:
-                    parameter.requires_grad_(False)
             layers = checkpointed_layers(self.model) if self.checkpointing else nullcontext()
-            with layers, folded_in(folds), head_at(self.model) as self._head:
+            with nothing_trained(self.model), layers, folded_in(folds), head_at(self.model) as self._head:
                 yield self
         finally:
             with interruption.held():
                 for handle in handles:
                     handle.remove()
-                for parameter, flag in required:
-                    parameter.requires_grad_(flag)
-                for module, flag in training:
-                    module.training = flag
                 self._latest = None
 
     def run(
@@ -325,19 +310,15 @@ class Capture:
         labels: Labels | None = None,
         consume_tokens: ConsumeFactors | None = None,
     ) -> Tensor:
-        """Forward and backward of one batch.
+        """Forward and backward of one batch; gives the weighted losses Σ_t w_t·NLL_t `[sequence]`, float64.
 
         Args:
-            sequences: the batch.
             consume: called once per module, as soon as the backward pass allows, with its gradients
                 `[sequence out in]` in float32 (float64 for a float64 model), which it may overwrite.
             consume_factors: where given, gets activations and output gradients instead for a module that ran once.
             labels: where given, chooses the labels of which the loss is taken.
             consume_tokens: where given, gets of every module that ran `[sequence token place in]` and `[… out]`
                 instead; a token has a place for each use of the module, and for each head that it runs on.
-
-        Returns:
-            The weighted losses Σ_t w_t·NLL_t `[sequence]`, float64.
         """
         batch = pad(sequences, self.device)
         self._latest = self._threads.running = running = _Pass(batch, consume, consume_factors, consume_tokens)

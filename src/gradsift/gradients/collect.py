@@ -25,7 +25,6 @@ from gradsift.data.pairs import Pairs
 from gradsift.execution.engine import LOCAL, Engine
 from gradsift.gradients.adam import AdamDirection, EpsPlacement
 from gradsift.gradients.background import to_host, write, writing_in_background
-from gradsift.gradients.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
 from gradsift.gradients.capture import LORA, Modules, find_modules
 from gradsift.gradients.exact import ExactProducts, Side
 from gradsift.gradients.folding import Captured
@@ -33,6 +32,7 @@ from gradsift.gradients.projection import Projection, Projector, projector_of
 from gradsift.gradients.rows import RowSettings, ShardPart, ShardRows, View, gradient_rows
 from gradsift.gradients.self_check import kept_check
 from gradsift.model.adapters import refuse_untrained
+from gradsift.model.batching import automatic_lanes, automatic_token_budget, measured_token_budget, repeated
 from gradsift.model.models import DtypeName, files_now, host, model_identity, trains_more
 from gradsift.store.gradient_store import GradientStore, GradientStoreWriter, RowDtype, ShardColumns, file_of
 from gradsift.store.manifest import fingerprint
@@ -138,18 +138,13 @@ class SequenceSource(Protocol):
 
 @dataclass(frozen=True)
 class AtCheckpoint:
-    """A model at one checkpoint, and how gradients are taken there; picklable.
-
-    model:  the base model's hub id or folder
-    dtype:  of the model
-    device: `auto`, `cpu`, `cuda`, `cuda:1`, or `map`
-    """
+    """A model at one checkpoint, and how gradients are taken there; picklable."""
 
     checkpoint: Checkpoint
-    model: str
+    model: str  # the base model's hub id or folder
     settings: Gradients
-    dtype: DtypeName = "auto"
-    device: str = "auto"
+    dtype: DtypeName = "auto"  # of the model
+    device: str = "auto"  # `auto`, `cpu`, `cuda`, `cuda:1`, or `map`
 
     def config(self, source: SequenceSource, view: View) -> dict[str, Any]:
         """What the rows of a store are: two stores with equal configurations hold equal rows (to rounding)."""
@@ -185,6 +180,18 @@ class AtCheckpoint:
         modules = find_modules(network, self.settings.modules).captured
         budget = self.settings.token_budget or automatic_token_budget(network)
         return network, modules, min(budget, place.token_limit or budget)
+
+    def check(self, run: Run, network: Any, rows: SequenceABC[Sequence]) -> None:
+        """Refuse a model whose gradients the hooks do not see in some rows, before the long work.
+
+        Raises:
+            ModelError: as `self_check`.
+        """
+        settings = self.settings
+        kept_check(
+            run, network, find_modules(network, settings.modules).captured, rows, model=self.model,
+            pattern=settings.modules, autocast=settings.autocast_type, checkpointing=settings.gradient_checkpointing,
+        )  # fmt: skip
 
     def remember(self, begun: int, fits: int) -> None:
         """Where batches were cut from so many padded tokens to fewer, later passes over the model begin with those."""
@@ -265,20 +272,16 @@ class _Work:
 
 @dataclass(frozen=True)
 class ShardSpec(_Work):
-    """One shard of work.
-
-    cut: how many of its rows' cosines are measured before projection, too, and how its batches are formed
-    left_out: rows of the shard that are not computed, with the reason
-    dry: compute the rows and keep nothing
-    """
+    """One shard of work."""
 
     stores: Mapping[View, str] = field(hash=False)  # view → prefix
     shard: int
     start: int
     stop: int
-    cut: _Cut
+    cut: _Cut  # how many of its rows' cosines are measured before projection, too, and how its batches are formed
+    # Rows of the shard that are not computed, with the reason.
     left_out: Mapping[int, str] = field(default_factory=dict, hash=False)
-    dry: bool = False
+    dry: bool = False  # compute the rows and keep nothing
 
     @property
     def rows(self) -> int:
@@ -324,16 +327,13 @@ def collect(
 
     Args:
         run: the run folder, locked by the caller if other processes may work there.
-        source: the rows' sequences, usually a `Dataset`.
+        source: the rows' sequences, usually a `Dataset`; `what` is the word for them in messages.
         checkpoint: adapter and optimizer state; gradients are taken at its weights.
         model: the base model's hub id or folder.
         views: `plain` for gradients, `adam` for update directions, `segments` for gradients with columns of its own for
             each module; those are the plain ones where the settings' projection keeps modules apart anyway.
         settings: how gradients are taken and stored.
-        dtype: of the model.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, or `map`.
-        what: the word for the rows in messages.
-        reporter: where progress goes.
+        dtype, device: of the model; `auto`, `cpu`, `cuda`, `cuda:1`, or `map`.
         engine: where shards are computed; they are the same wherever that is.
 
     Raises:
@@ -458,9 +458,9 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
             projected_norm=row_norms(rows).tolist(),
             excluded={ids[row]: reason for row, reason in sorted(bad.items())},
         )
-        sums = to_host(result.full_sums[view]) if view in result.full_sums else None
         exact = None if result.exact is None else _exact_rows(result.exact, view, keep)
-        write(partial(_write, writer, spec.shard, to_host({"rows": rows}), columns, sums, exact))
+        tensors = to_host({**result.full_sums.get(view, {}), _ROWS: rows})
+        write(partial(_write, writer, spec.shard, tensors, columns, exact))
     if kept.there:
         write(kept.remove)
 
@@ -478,8 +478,8 @@ class _Part:
         # What rows and the company they are computed in depend on, beside what the store is.
         self._note = fingerprint(
             [
-                spec.source.ids[spec.start : spec.stop], sorted(spec.stores), spec.cut.token_budget, spec.cut.lanes,
-                spec.at.settings.module_groups, sorted(spec.left_out),
+                "by row", spec.source.ids[spec.start : spec.stop], sorted(spec.stores), spec.cut.token_budget,
+                spec.cut.lanes, spec.at.settings.module_groups, sorted(spec.left_out),
             ]
         )  # fmt: skip
         self._saved_at, self._cost, self.there = time.monotonic(), 0.0, False
@@ -530,19 +530,19 @@ def _exact_rows(exact: ExactProducts, view: View, keep: SequenceABC[int]) -> Exa
     )
 
 
-_Waiting = Callable[[], dict[str, Tensor]]
+_ROWS = ""  # among names of modules
 
 
 def _write(
     writer: GradientStoreWriter,
     shard: int,
-    rows: _Waiting,
+    tensors: Callable[[], dict[str, Tensor]],
     columns: ShardColumns,
-    sums: _Waiting | None,
     exact: ExactRows | None,
 ) -> None:
-    """Publish a shard as soon as its rows have arrived in this machine's memory."""
-    writer.write_shard(shard, rows()["rows"], columns, None if sums is None else sums(), exact)
+    """Publish a shard as soon as its rows, and their sums, have arrived in this machine's memory."""
+    sums = dict(tensors())
+    writer.write_shard(shard, sums.pop(_ROWS), columns, sums if writer.config["full_sum"] else None, exact)
 
 
 class _Engine:
@@ -556,8 +556,7 @@ class _Engine:
         if at.checkpoint.adapter is not None and at.settings.modules == LORA:
             refuse_untrained(network, at.checkpoint.adapter)
         self.modules: Modules = find_modules(network, at.settings.modules)
-        self.projector = self._projecting(at.settings.projection)
-        self._adam: dict[str, AdamDirection] | None = None
+        self.projector = projector_of(network, self.modules.captured, at.settings.projection)
 
     @property
     def network(self) -> Any:
@@ -567,19 +566,14 @@ class _Engine:
             self._network, self.modules = network, find_modules(network, self.settings.modules)
         return network
 
-    def _projecting(self, projection: Projection) -> Projector:
-        return projector_of(self._network, self.modules.captured, projection)
-
     @cached_property
     def by_module(self) -> Projector:
         """Of the `segments` view."""
-        return self._projecting(self.settings.projection.by_module)
+        return projector_of(self._network, self.modules.captured, self.settings.projection.by_module)
 
+    @cached_property
     def adam(self) -> dict[str, AdamDirection]:
-        if self._adam is None:
-            projector = self.projector
-            self._adam = self.at.adam(self.network, self.modules.captured, projector.device, projector.dtype)
-        return self._adam
+        return self.at.adam(self.network, self.modules.captured, self.projector.device, self.projector.dtype)
 
     def rows(
         self,
@@ -597,7 +591,7 @@ class _Engine:
             token_budget=budget,
             views=views,
             by_module=self.by_module if "segments" in views else None,
-            adam=self.adam() if "adam" in views else {},
+            adam=self.adam if "adam" in views else {},
             full_sum=self.settings.full_sum,
             autocast=self.settings.autocast_type,
             module_groups=self.settings.module_groups,
@@ -611,28 +605,6 @@ class _Engine:
         )  # fmt: skip
         self.at.remember(budget, result.token_budget)
         return result
-
-    def check(self, run: Run, source: SequenceSource) -> None:
-        """Refuse a model whose gradients the hooks do not see, before the long work.
-
-        Raises:
-            ModelError: as `self_check`.
-        """
-        kept_check(
-            run,
-            self.network,
-            self.modules.captured,
-            source.sequences(0, min(len(source.ids), _PROBE_ROWS)),
-            model=self.at.model,
-            pattern=self.settings.modules,
-            autocast=self.settings.autocast_type,
-            checkpointing=self.settings.gradient_checkpointing,
-        )
-
-    def shard_rows(self, mean_tokens: float, views: int) -> int:
-        """Rows per shard that take about two minutes and whose rows the device holds until they are written."""
-        row_bytes = self.projector.dim * self.projector.dtype.itemsize * views
-        return automatic_shard_rows(mean_tokens, self.projector.device.type, row_bytes)
 
     def measured_rows(self, views: SequenceABC[View]) -> int:
         """Rows of a shard whose gradients there is room to hold while its others are computed; 0 for a single one."""
@@ -679,7 +651,8 @@ def _open_complete(run: Run, prefix: str) -> GradientStore | None:
 
 
 def automatic_shard_rows(tokens: float, device: str, row_bytes: float) -> int:
-    """Rows of a shard, by their mean number of tokens and by the bytes of a row in all views.
+    """Rows of a shard, which take about two minutes and are held on the device until they are written; by their mean
+    number of tokens and by the bytes of a row in all views.
 
     >>> automatic_shard_rows(256, "cpu", 32768), automatic_shard_rows(512, "cuda", 32768)
     (64, 2048)
@@ -689,51 +662,43 @@ def automatic_shard_rows(tokens: float, device: str, row_bytes: float) -> int:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """What only the model tells: modules without gradients, each view's configuration, and how to cut the work."""
-
-    unreachable: tuple[str, ...]
-    configs: Mapping[View, dict[str, Any]]
-    layout: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class _Preparation(_Work):
-    """The task of a worker that has the model: what `_Prepared` holds, and whether Adam's moments are there."""
+    """The task of a worker that has the model: whether Adam's moments are there, and what only the model tells."""
 
     views: tuple[View, ...]
 
-    def work(self, _advance: Advance) -> _Prepared:
+    def work(self, _advance: Advance) -> tuple[SequenceABC[str], dict[View, dict[str, Any]], dict[str, int]]:
+        """Modules without gradients, each view's configuration, and how to cut the work."""
         engine = self.engine()
         if "adam" in self.views:
-            engine.adam()
+            engine.adam  # noqa: B018  # which raises where there are none
         source, settings = self.source, self.at.settings
-        engine.check(self.run, source)
+        self.at.check(self.run, engine.network, source.sequences(0, min(len(source.ids), _PROBE_ROWS)))
         lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget, engine.modules.captured)
         mean = max(1.0, sum(source.token_counts()) / max(1, len(source.ids)))
+        projector = engine.projector
+        row_bytes = projector.dim * projector.dtype.itemsize * len(self.views)
         layout = {
-            "shard_rows": settings.shard_rows or engine.shard_rows(mean, len(self.views)),
+            "shard_rows": settings.shard_rows or automatic_shard_rows(mean, projector.device.type, row_bytes),
             "token_budget": settings.token_budget or engine.token_budget(source, self.views, lanes),
             "lanes": lanes,
             "measured": engine.measured_rows(self.views),
         }
-        configs = {view: engine.config(source, view) for view in self.views}
-        return _Prepared(tuple(engine.modules.unreachable), configs, layout)
+        return engine.modules.unreachable, {view: engine.config(source, view) for view in self.views}, layout
 
 
 def _collect_missing(
     work: _Preparation, prefixes: Mapping[View, str], what: str, reporter: Reporter, engine: Engine
 ) -> None:
     run, source, views = work.run, work.source, work.views
-    prepared: _Prepared = next(iter(engine.map([work], untold, "preparation")))[1]
-    for name in prepared.unreachable:
+    unreachable, configs, layout = next(iter(engine.map([work], untold, "preparation")))[1]
+    for name in unreachable:
         reporter.warn(f"no gradients are taken of {name}")
     count = len(source.ids)
-    layout = dict(prepared.layout)
     writers: dict[View, GradientStoreWriter] = {}
     layouts: dict[View, _Cut] = {}
     for view in views:
-        writers[view] = GradientStoreWriter(run.storage, prefixes[view], prepared.configs[view])
+        writers[view] = GradientStoreWriter(run.storage, prefixes[view], configs[view])
         # The shards of an earlier, interrupted attempt fix how the rest is cut; views cut alike share their passes.
         layout = writers[view].layout(layout)
         layouts[view] = _Cut(**{name: layout[name] for name in _Cut._fields if name in layout})

@@ -21,8 +21,8 @@ class ExactProducts:
 
     Attributes:
         rows: positions of the rows in their shard.
-        products: `(side, side)` → `[sample sample]`, the first side's row by the second's; `(adam, plain)` is what a
-            target's gradient is to an update direction.
+        products: `(side, side)` → `[sample sample]`, the first side's by the second's; `(adam, plain)` is as of a
+            target.
         plain: `[sample dim]`, the plain gradients in the projection of Adam rows; None where there are no such.
     """
 

@@ -60,11 +60,6 @@ class Captured:
     `name` is the parameter's as PEFT writes it to a file (without the adapter's name). Gradients are matrices
     `[out_features in_features]` whatever the parameter's own layout: GPT-2's Conv1D keeps its weight transposed, fused
     experts `[expert … in]` lie one below the other, and a vector is a single row.
-
-    again: of a parameter that is no linear module's weight, such as fused experts, LoRA on them, embeddings or norms:
-        `module` uses it, and runs once more for each sequence.
-    also: modules that use it, too, as a head does that is tied to the embeddings; they run again likewise.
-    experts: where it is of several, how it holds them.
     """
 
     name: str
@@ -72,9 +67,12 @@ class Captured:
     out_features: int
     in_features: int
     transposed: bool = False
+    # Of a parameter that is no linear module's weight, such as fused experts, LoRA on them, embeddings or norms:
+    # `module` uses it, and runs once more for each sequence.
     again: nn.Parameter | None = field(default=None, compare=False)
+    # Modules that use it, too, as a head does that is tied to the embeddings; they run again likewise.
     also: tuple[nn.Module, ...] = field(default=(), compare=False)
-    experts: Experts | None = None
+    experts: Experts | None = None  # where it is of several, how it holds them
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -12,9 +12,9 @@ import psutil
 from gradsift.base.lazy import Tensor
 from gradsift.base.progress import Advance, Reporter
 from gradsift.execution.engine import Engine
-from gradsift.gradients.batching import automatic_lanes
 from gradsift.gradients.collect import AtCheckpoint, SequenceSource, _Cut, _Work
 from gradsift.gradients.exact import Side
+from gradsift.model.batching import automatic_lanes
 from gradsift.store.run import Run
 
 Products = Mapping[tuple[Side, Side], Tensor]
@@ -61,15 +61,8 @@ def gram(
     reporter: Reporter,
     engine: Engine,
 ) -> list[Products]:
-    """Products of each source's rows with each other.
-
-    Args:
-        run: where the self-check of the model is kept.
-        sources: whose rows go through the model, each source's at once.
-        at: the model, and which of its modules.
-        sides: `plain`, and `adam` where products with update directions are wanted.
-        what: the word for the rows in messages.
-        reporter, engine: as for `collect`.
+    """Products of each source's rows with each other, each source's at once; `adam` among the sides adds those with
+    update directions. The run keeps the self-check of the model, `what` is the word for the rows in messages.
     """
     wanted = tuple(dict.fromkeys(["plain", *sides]))
     tasks = [_Gram(run, source, at, wanted) for source in sources]

@@ -17,10 +17,10 @@ import numpy as np
 from gradsift.base.errors import ShapeError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence
-from gradsift.gradients.batching import form_batches
 from gradsift.gradients.capture import Capture
 from gradsift.gradients.folding import Captured
 from gradsift.model.adapters import nothing_trained
+from gradsift.model.batching import form_batches
 from gradsift.model.loss import PaddedBatch, SupervisedHead, head_at, pad
 
 Curvature = Literal["fisher", "hvp", "ggn"]
@@ -52,13 +52,11 @@ def curvature_product(
     and `ggn` is the second part, the Gauss-Newton matrix of the logistic loss of its margin (`Pairs.information`).
 
     Args:
-        kind: which H.
-        model: in any mode; it is evaluated without dropout and left as found.
-        modules: from `find_modules`; H is that of their weights, everything else is held constant.
+        model, modules: it is evaluated without dropout and left as found; all but the modules' weights is held
+            constant.
         sequences: of the Q rows; several sequences of one row add up.
         vector: s, module name → `[out in]`; for every module.
         token_budget: padded tokens per batch. `hvp` and `ggn` keep about three times the activations of a gradient.
-        autocast: run the model in this dtype.
         information: of rows whose loss is such a function, √ℓ″∇x; `sequences` have ℓ′∇x.
 
     Returns:
@@ -66,11 +64,6 @@ def curvature_product(
 
     Raises:
         ShapeError: no sequence, or a module without a vector of its shape.
-
-    Example::
-
-        captured = find_modules(model, "q_proj|v_proj").captured
-        product = curvature_product("hvp", model, captured, sequences, vector, token_budget=512)
     """
     rows = {sequence.row for sequence in sequences}
     if not rows:
@@ -145,7 +138,7 @@ def _fisher(
     return {name: tensor.mul_(largest) for name, tensor in total.items()}
 
 
-_Product = Callable[[Tensor, PaddedBatch, list[Tensor], list[Tensor]], SequenceABC[Tensor | None]]
+_Product = Callable[[Tensor, PaddedBatch, list[Tensor], list[Tensor]], SequenceABC[Tensor]]
 
 
 def _twice_differentiated(
@@ -171,47 +164,42 @@ def _twice_differentiated(
                 exact = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
                 parts = product(exact, padded, weights, vectors)
             for captured, part in zip(modules, parts, strict=True):
-                if part is not None:
-                    own = total[captured.name]
-                    own += captured.matrix(part.detach()).to(own)
+                own = total[captured.name]
+                own += captured.matrix(part.detach()).to(own)
     return total
 
 
-def _hessian(
-    logits: Tensor, batch: PaddedBatch, weights: list[Tensor], vectors: list[Tensor]
-) -> SequenceABC[Tensor | None]:
+def _hessian(logits: Tensor, batch: PaddedBatch, weights: list[Tensor], vectors: list[Tensor]) -> SequenceABC[Tensor]:
     """∇⟨∇L, s⟩."""
     log_p = torch.log_softmax(logits, dim=-1).gather(1, batch.labels.to(logits.device)[:, None])[:, 0]
     loss = -(batch.weights.to(log_p) * log_p).sum()
-    gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
-    return _grad_or_none(_inner(gradients, vectors), weights)
+    return _gradients(
+        _inner(torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True), vectors), weights
+    )
 
 
 def _gauss_newton(
     logits: Tensor, batch: PaddedBatch, weights: list[Tensor], vectors: list[Tensor]
-) -> SequenceABC[Tensor | None]:
+) -> SequenceABC[Tensor]:
     """Jᵀ(B(Js)), B = w(diag p − ppᵀ) for each label. Js is the derivative in u of ⟨Jᵀu, s⟩, which is linear in u."""
     u = torch.zeros_like(logits, requires_grad=True)
-    pulled = torch.autograd.grad(logits, weights, u, create_graph=True, allow_unused=True)
-    (pushed,) = _grad_or_none(_inner(pulled, vectors), [u], retain_graph=True)
-    if pushed is None:
-        return [None] * len(weights)
+    pulled = torch.autograd.grad(logits, weights, u, create_graph=True, materialize_grads=True)
+    (pushed,) = _gradients(_inner(pulled, vectors), [u], retain_graph=True)
     p = torch.softmax(logits.detach(), dim=-1)
     curved = p * (pushed - (p * pushed).sum(dim=-1, keepdim=True))
     curved *= batch.weights.to(curved)[:, None]
-    return torch.autograd.grad(logits, weights, curved, allow_unused=True)
+    return torch.autograd.grad(logits, weights, curved, materialize_grads=True)
 
 
-def _inner(gradients: SequenceABC[Tensor | None], vectors: list[Tensor]) -> Tensor:
-    zero = vectors[0].new_zeros(())
-    return sum(((g * v).sum() for g, v in zip(gradients, vectors, strict=True) if g is not None), zero)
+def _inner(gradients: SequenceABC[Tensor], vectors: list[Tensor]) -> Tensor:
+    return torch.stack([(g * v).sum() for g, v in zip(gradients, vectors, strict=True)]).sum()
 
 
-def _grad_or_none(value: Tensor, inputs: list[Tensor], *, retain_graph: bool = False) -> SequenceABC[Tensor | None]:
+def _gradients(value: Tensor, inputs: list[Tensor], *, retain_graph: bool = False) -> SequenceABC[Tensor]:
     """Gradients of a number that may not depend on anything, as where no module took part in the loss."""
     if not value.requires_grad:
-        return [None] * len(inputs)
-    return torch.autograd.grad(value, inputs, retain_graph=retain_graph, allow_unused=True)
+        return [torch.zeros_like(one) for one in inputs]
+    return torch.autograd.grad(value, inputs, retain_graph=retain_graph, materialize_grads=True)
 
 
 @contextmanager

@@ -24,9 +24,9 @@ import numpy as np
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.memory import is_out_of_memory
 from gradsift.base.types import Sequence
-from gradsift.gradients.batching import Batch, Budget, Unit
 from gradsift.gradients.capture import Capture, Consume, ConsumeFactors
 from gradsift.gradients.folding import Captured, Experts
+from gradsift.model.batching import Batch, Budget, Unit
 from gradsift.model.loss import Labels
 
 _RECENT = 4  # of which the inputs are held: between those of q and k stand what LoRA's B of each gets
@@ -58,13 +58,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """Of one module: eigenvectors of S `[out out]` and of A `[in in]`, as columns; empty where a side keeps its axes.
-
-    experts: how the module holds those that it is of, which have a pair each: `[expert out out]`, `[expert in in]`
-    """
+    """Of a module: eigenvectors of S `[out out]` and A `[in in]`, as columns; empty of a side that keeps its axes."""
 
     out_vectors: Tensor
     in_vectors: Tensor
+    # How the module holds those that it is of, which have a pair each: `[expert out out]`, `[expert in in]`.
     experts: Experts | None = None
 
     def into(self, gradients: Tensor) -> Tensor:
@@ -82,16 +80,11 @@ class Eigenbasis:
 
 @dataclass(frozen=True)
 class DampedInverse:
-    """A module's `(H + λI)⁻¹`.
+    """A module's `(H + λI)⁻¹`."""
 
-    basis: of the module
-    eigenvalues: Λ `[out in]`, or `[expert out in]`
-    damping: λ
-    """
-
-    basis: Eigenbasis
-    eigenvalues: Tensor
-    damping: float
+    basis: Eigenbasis  # of the module
+    eigenvalues: Tensor  # Λ `[out in]`, or `[expert out in]`
+    damping: float  # λ
 
     def __call__(self, gradients: Tensor) -> Tensor:
         """Of `[row out in]`; where curvature and damping are 0, there is no gradient, and 0 comes of it."""
@@ -109,14 +102,8 @@ def kronecker_factors(
     """Sums S `[out out]` and A `[in in]` of each module over the tokens of a sample; their scale does not matter.
 
     A module that runs more than once in a pass, or again by itself, has no single x and g: Σ GGᵀ and Σ GᵀG stand for
-    them (Shampoo's), for each of several experts. Of a side that keeps its axes they are empty.
-
-    Args:
-        model: in any mode; it is evaluated without dropout and left as found.
-        modules: from `find_modules`.
-        sequences: of the sample.
-        settings: of the pass.
-        on_rows: told how many rows were done.
+    them (Shampoo's), for each of several experts. Of a side that keeps its axes they are empty. The model is evaluated
+    without dropout and left as found; `on_rows` is told how many rows were done.
     """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     there: list[Tensor] = []  # whether a place is a token `[sequence token]`, of the batch
@@ -179,11 +166,7 @@ def corrected_eigenvalues(
     on_rows: Rows | None = None,
 ) -> dict[str, Tensor]:
     """Sums over the sample's rows of (Q_Sᵀ G Q_A)² `[out in]` or `[expert out in]`, of each module; G is the sum over a
-    row's sequences.
-
-    Args:
-        model, modules, sequences, settings, on_rows: as for `kronecker_factors`; labels are drawn anew.
-        bases: of every module.
+    row's sequences, by labels drawn anew. Else as `kronecker_factors`; `bases` are of every module.
     """
     sums: dict[str, Tensor] = {}
     held: dict[str, Tensor] = {}  # of each module, a row's sequences so far, where they do not run together
@@ -219,13 +202,8 @@ def each_gradient(
     take: Callable[[Captured, Tensor, Tensor], None],
     settings: Pass,
 ) -> None:
-    """Call `take` with each module, gradients `[sequence out in]`, and the rows that they are parts of `[sequence]`.
-
-    Args:
-        model, modules: as for `kronecker_factors`.
-        sequences: whose gradients are taken, with the labels that they have.
-        take: told of every sequence once for each module, unless it is left out.
-        settings: of the pass.
+    """Call `take` with each module, gradients `[sequence out in]`, and the rows that they are parts of `[sequence]`:
+    once for every sequence and module, unless it is left out, by the labels that the sequences have.
     """
     rows = torch.zeros(0, dtype=torch.int64)
 
@@ -245,16 +223,11 @@ def conjugate_gradient(
     right: Mapping[str, Tensor],
     steps: int,
 ) -> dict[str, Tensor]:
-    """`H⁻¹ v` after some steps of the conjugate gradient method, preconditioned, from 0 on.
+    """`H⁻¹ v` after some steps of the conjugate gradient method, preconditioned, from 0 on; tensors are by module name.
 
     The first step gives the preconditioner's direction with the best length, and each further one costs a product. It
-    ends before where nothing is left to be solved.
-
-    Args:
-        product: v → H v, symmetric and positive definite; by module name.
-        inverse: v → M⁻¹ v, the preconditioner, likewise.
-        right: v.
-        steps: at most.
+    ends before where nothing is left to be solved. `product` is v → H v, symmetric and positive definite, `inverse` v →
+    M⁻¹ v, the preconditioner, likewise; `right` is v.
     """
     found = {name: torch.zeros_like(part) for name, part in right.items()}
     residual = {name: part.clone() for name, part in right.items()}
@@ -324,9 +297,7 @@ def _through(
     So sums need no copy to go back to: consumers add to them last, which needs no memory.
 
     Args:
-        model, modules, sequences, settings, on_rows: as for `kronecker_factors`.
         begin: told of each batch, whose rows are numbers of sequences, before it runs.
-        consume, consume_factors: as for `Capture.run`.
         draw: what labels are drawn for, where the settings want them drawn.
         together: the sequences of a row go one after the other, and count as one; there are two at most.
     """

@@ -87,21 +87,15 @@ class PolicyGradient(Settings):
 def policy_coefficients(rewards: Tensor, *, variant: Variant = "plain", baseline: Baseline = "none") -> Tensor:
     """c_m of one prompt's samples, so that Σ_m c_m ∇NLL(ŷ_m) is the gradient of minus the expected reward.
 
-    With r the rewards (1[r > 0] for `discrete`) of M samples:
+    With r the rewards (1[r > 0] for `discrete`) of M samples, [sample]:
 
         plain, discrete:  c = (r − b) / M     b: 0, mean(r), or for each sample the mean of the others
         rejection:        c = 1[r > 0] / #(r > 0); weighted_rejection: r·1[r > 0] / #(r > 0); imitation: 1 / M
         ppo:              c = (r − mean(r)) / std(r) / M     std with M − 1
 
     (NICE, section 3.1, App. I.1 and I.3.) Where nothing distinguishes the samples (a constant reward with a baseline,
-    one sample with a baseline, no positive reward) all are 0.
-
-    Args:
-        rewards: [sample], of one prompt.
-        variant, baseline: as in `PolicyGradient`.
-
-    Returns:
-        [sample], float64, in the unit of the rewards (`discrete`, `rejection` and `ppo`: none).
+    one sample with a baseline, no positive reward) all are 0. Float64 [sample], in the unit of the rewards (`discrete`,
+    `rejection` and `ppo`: none).
 
     Raises:
         ShapeError: not [sample], or no sample.
@@ -136,16 +130,10 @@ def policy_coefficients(rewards: Tensor, *, variant: Variant = "plain", baseline
 
 
 def importance_shares(log_ratios: Sequence[Tensor]) -> Tensor:
-    """Self-normalised importance weights of one prompt's samples, with mean 1.
+    """Self-normalised importance weights of one prompt's samples, with mean 1: `M·ρ_m / Σ_n ρ_n`, float64 [sample].
 
-    `M·ρ_m / Σ_n ρ_n`, ρ_m = Π_t f(ŷ^t)/q(ŷ^t). The common factor of a prompt vanishes where rows are normalised, so
-    nothing is lost against ρ itself, and it cannot overflow.
-
-    Args:
-        log_ratios: per sample log f − log q of its tokens, [token].
-
-    Returns:
-        [sample], float64.
+    ρ_m = Π_t f(ŷ^t)/q(ŷ^t), of log f − log q of each sample's tokens, [token]. The common factor of a prompt vanishes
+    where rows are normalised, so nothing is lost against ρ itself, and it cannot overflow.
 
     Example:
         >>> importance_shares([torch.zeros(3), torch.zeros(5)]).tolist()
@@ -161,18 +149,11 @@ def _shares(totals: Tensor) -> Tensor:
 
 
 def clipped_ratios(log_ratio: Tensor, advantage: float, clip: float) -> Tensor:
-    """ρ_t where PPO's surrogate has a gradient, 0 where it is clipped.
+    """ρ_t where PPO's surrogate has a gradient, 0 where it is clipped; float64 [token].
 
     The gradient of `min(ρA, clamp(ρ, 1 − ε, 1 + ε)·A)` by log f is ρA, or 0 where ρ > 1 + ε with A > 0 or ρ < 1 − ε
-    with A < 0 (Schulman et al. 2017, equation 7).
-
-    Args:
-        log_ratio: log f − log q of a response's tokens, [token].
-        advantage: A of the response.
-        clip: ε.
-
-    Returns:
-        [token], float64.
+    with A < 0 (Schulman et al. 2017, equation 7). `log_ratio` is log f − log q of a response's tokens, A its
+    `advantage` and ε `clip`.
 
     Example:
         >>> clipped_ratios(torch.tensor([0.0, 1.0]), 1.0, 0.2).tolist()
@@ -188,10 +169,7 @@ def label_sequence(
 ) -> TokenSequence:
     """A row's own answer as an accepted sample: weight 1 (1/T for the mean) on each of the T tokens of its last turn.
 
-    Args:
-        prompt_ids: the row up to its answer.
-        label: the whole row.
-        reduction: of log f over the answer's tokens.
+    `prompt_ids` are the row up to its answer, `label` is the whole row.
     """
     own = label.supervised.copy()
     own[: len(prompt_ids)] = False
@@ -207,36 +185,39 @@ def weighted_sequences(
     """One prompt's responses as weighted sequences of row 0, longest first; those of weight zero are left out.
 
     The prompt's tokens weigh nothing, a response's tokens c_m each (c_m/T_m for the mean over its T_m tokens), a
-    sampled stop token included.
-
-    Args:
-        responses: samples of one prompt.
-        rewards: theirs; one of None is no sample.
-        gradient: the settings.
+    sampled stop token included. A response with a reward of None is no sample.
 
     Raises:
         ConfigError: importance weights of responses that came without log-probabilities.
     """
-    rewarded = [(response, reward) for response, reward in zip(responses, rewards, strict=True) if reward is not None]
-    if not rewarded:
+    own, values = _rewarded(responses, rewards)
+    if not own:
         return ()
-    values = torch.tensor([reward for _, reward in rewarded], dtype=torch.float64)
-    coefficients = policy_coefficients(values, variant=gradient.variant, baseline=gradient.baseline)
-    factors: list[Tensor | float] = [1.0] * len(rewarded)
-    if gradient.importance_weights:
-        ratios = [_log_ratio(response) for response, _ in rewarded]
-        if gradient.variant == "ppo":
-            pairs = zip(ratios, coefficients.tolist(), strict=True)
-            factors = [clipped_ratios(ratio, coefficient, gradient.clip) for ratio, coefficient in pairs]
-        else:
-            factors = list(importance_shares(ratios))
+    coefficients = policy_coefficients(values, variant=gradient.variant, baseline=gradient.baseline).tolist()
+    factors = _clipped(own, values, gradient)
+    if gradient.importance_weights and gradient.variant != "ppo":
+        factors = importance_shares([_log_ratio(response) for response in own]).tolist()
     sequences = []
-    for (response, _), coefficient, factor in zip(rewarded, coefficients.tolist(), factors, strict=True):
+    for response, coefficient, factor in zip(own, coefficients, factors, strict=True):
         sequence = _as_sequence(response, coefficient * factor, gradient)
         if sequence.weights.any():
             sequences.append(sequence)
     # Batches are filled in this order, and neighbours of one length need no padding.
     return tuple(sorted(sequences, key=lambda sequence: -len(sequence.token_ids)))
+
+
+def _rewarded(responses: Sequence[Response], rewards: Sequence[float | None]) -> tuple[list[Response], Tensor]:
+    """Those that have a reward, and theirs, float64 [sample]."""
+    known = [(response, reward) for response, reward in zip(responses, rewards, strict=True) if reward is not None]
+    return [response for response, _ in known], torch.tensor([reward for _, reward in known], dtype=torch.float64)
+
+
+def _clipped(responses: Sequence[Response], rewards: Tensor, gradient: PolicyGradient) -> Sequence[Tensor | float]:
+    """Of each sample what its tokens weigh beside its coefficient: ratios for `ppo` with importance weights, else 1."""
+    if not responses or not gradient.importance_weights or gradient.variant != "ppo":
+        return [1.0] * len(responses)
+    advantages = policy_coefficients(rewards, variant=gradient.variant, baseline=gradient.baseline).tolist()
+    return [clipped_ratios(_log_ratio(r), a, gradient.clip) for r, a in zip(responses, advantages, strict=True)]
 
 
 def _as_sequence(response: Response, weight: Tensor | float, gradient: PolicyGradient) -> TokenSequence:
@@ -256,18 +237,13 @@ class SampleRows:
     so exact. Of more than `MOST_ROWS` samples a row is the sum over a group, each at its weight among all samples: a
     choice of groups then has the baseline of all. With importance weights, `ppo` clips as it does among all. A label
     that stands for samples without weight is the last row.
-
-    numbers:   of the samples, by row
-    sequences: of each of these rows; none where no choice could give it any weight
-    rewards:   float64 [row], or None of groups
-    ratios:    log f/q of each sample, float64 [row], where the weights are shares by it
     """
 
-    numbers: tuple[tuple[int, ...], ...]
-    sequences: tuple[tuple[TokenSequence, ...], ...]
+    numbers: tuple[tuple[int, ...], ...]  # of the samples, by row
+    sequences: tuple[tuple[TokenSequence, ...], ...]  # of each row; none where no choice could give it any weight
     gradient: PolicyGradient
-    rewards: Tensor | None = None
-    ratios: Tensor | None = None
+    rewards: Tensor | None = None  # float64 [row], or None of groups
+    ratios: Tensor | None = None  # log f/q of each sample, float64 [row], where the weights are shares by it
     label: TokenSequence | None = None
 
     @classmethod
@@ -279,23 +255,17 @@ class SampleRows:
         label: TokenSequence | None = None,
     ) -> SampleRows:
         """The rows of some responses to one prompt, those without a reward left out, and of what stands for none."""
-        known = [(response, reward) for response, reward in zip(responses, rewards, strict=True) if reward is not None]
-        own = [response for response, _ in known]
-        values = torch.tensor([reward for _, reward in known], dtype=torch.float64)
+        own, values = _rewarded(responses, rewards)
         shared = gradient.importance_weights and gradient.variant != "ppo"
         ratios = torch.stack([_log_ratio(response).sum() for response in own]) if shared and own else None
-        units: list[Tensor | float] = [1.0] * len(own)
-        everything = torch.ones(1, len(own), dtype=torch.int64)
-        if gradient.importance_weights and not shared and own:
-            advantages = policy_coefficients(values, variant=gradient.variant, baseline=gradient.baseline).tolist()
-            units = [clipped_ratios(_log_ratio(r), a, gradient.clip) for r, a in zip(own, advantages, strict=True)]
+        units = _clipped(own, values, gradient)
         sequences = [_as_sequence(response, unit, gradient) for response, unit in zip(own, units, strict=True)]
         numbers = [(response.number,) for response in own]
         if len(own) <= MOST_ROWS:
             weighed = [_could_weigh(values, place, gradient) for place in range(len(own))]
             rows = tuple((sequence,) * weigh for sequence, weigh in zip(sequences, weighed, strict=True))
             return cls(tuple(numbers), rows, gradient, values, ratios, label)
-        weights = _weights(values, ratios, everything, gradient)[0].tolist()
+        weights = _weights(values, ratios, torch.ones(1, len(own), dtype=torch.int64), gradient)[0].tolist()
         scaled = [replace(s, weights=s.weights * np.float32(w)) for s, w in zip(sequences, weights, strict=True)]
         groups = [range(start, len(own), MOST_ROWS) for start in range(MOST_ROWS)]
         return cls(
@@ -354,16 +324,14 @@ def _could_weigh(rewards: Tensor, place: int, gradient: PolicyGradient) -> bool:
 class PolicySource:
     """Prompts as rows of policy gradients, for `collect`: each row is the weighted sum of its responses' losses.
 
-    ids:      of the prompts
-    rows:     each prompt's weighted sequences; none where no response has any weight, and the gradient is zero
-    template: fingerprint of the pool's chat template, with which the prompts were rendered
 
     The prompt is run anew for each response: sharing it would need an attention mask of trees.
     """
 
-    ids: list[str]
+    ids: list[str]  # of the prompts
+    # Each prompt's weighted sequences; none where no response has any weight, and the gradient is zero.
     rows: tuple[tuple[TokenSequence, ...], ...] = field(repr=False)
-    template: str
+    template: str  # fingerprint of the pool's chat template, with which the prompts were rendered
     loss: str = "policy"
 
     @classmethod
@@ -376,15 +344,10 @@ class PolicySource:
         template: str,
         labels: Mapping[str, TokenSequence] | None = None,
     ) -> PolicySource:
-        """The rows of some prompts.
+        """The rows of some prompts; one without any response is a row of zeros.
 
-        Args:
-            responses: by prompt id; a prompt without any is a row of zeros.
-            rewards: by `Response.key`, so that they stay with their response whatever was done first; a response
-                without one, or of None, is left out.
-            gradient: the settings.
-            template: the pool's.
-            labels: by prompt id, what stands for a prompt in which no response has any weight (`fallback`).
+        Rewards are by `Response.key`, so that they stay with their response whatever was done first; a response without
+        one, or of None, is left out. `labels` stand for prompts in which no response has any weight (`fallback`).
         """
         rows = tuple(
             weighted_sequences(own, [rewards.get(response.key) for response in own], gradient)

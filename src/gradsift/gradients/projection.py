@@ -256,7 +256,8 @@ class Projector:
         elif segment.dim == segment.full_dim and not segment.shared:
             columns += gradient.flatten(1)
         elif kind == "rademacher":
-            matrix = self._rademacher(segment, device)
+            with self._drawing:
+                matrix = self._dense_matrix(segment, device)
             columns += (gradient.flatten(1) @ matrix.to(self.dtype)).mul_(segment.dim**-0.5)
         else:
             blocks = self._sketch(segment, device)
@@ -315,10 +316,6 @@ class Projector:
             if key not in self._sparse:
                 self._sparse[key] = _draw_sketch(segment, self.projection, device, self.dtype)
             return self._sparse[key]
-
-    def _rademacher(self, segment: Segment, device: torch.device) -> Tensor:
-        with self._drawing:
-            return self._dense_matrix(segment, device)
 
     def _dense_matrix(self, segment: Segment, device: torch.device) -> Tensor:
         if (segment.name, device) in self._dense:

@@ -6,24 +6,24 @@ import threading
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceABC
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gradsift.base import interruption
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.memory import give_back_memory, is_out_of_memory
 from gradsift.base.sums import row_norms
 from gradsift.base.types import Sequence
 from gradsift.gradients.adam import AdamDirection
-from gradsift.gradients.batching import Batch, Budget, Unit, sequence_tokens
 from gradsift.gradients.capture import Capture, grouped
 from gradsift.gradients.exact import ExactProducts
 from gradsift.gradients.folding import Captured
 from gradsift.gradients.projection import Projector
+from gradsift.model.batching import Batch, Budget, Unit, sequence_tokens
 from gradsift.model.loss import to_device
 
 View = Literal["plain", "adam", "segments"]
@@ -32,83 +32,38 @@ View = Literal["plain", "adam", "segments"]
 
 @dataclass
 class ShardRows:
-    """What one pass over a shard's sequences yields, indexed by the row's position in the shard.
+    """What one pass over a shard's sequences yields, indexed by the row's position in the shard."""
 
-    rows: view → `[row dim]`
-    norms: view → float64 `[row]`, 2-norm before projection
-    loss: float64 `[row]`, Σ over the row's sequences of Σ_t w_t·NLL_t
-    bad: row → why it must be left out
-    full_sums: view → module → `[out in]`, the unprojected sum of the rows that are not bad
-    token_budget: of the batches; smaller than was asked for where memory ran out
-    exact: what the rows that were to be measured are before projection; None if there were none
-    """
-
-    rows: dict[View, Tensor]
-    norms: dict[View, Tensor]
-    loss: Tensor
-    bad: dict[int, str] = field(default_factory=dict)
+    rows: dict[View, Tensor]  # view → `[row dim]`
+    norms: dict[View, Tensor]  # view → float64 `[row]`, 2-norm before projection
+    loss: Tensor  # float64 `[row]`, Σ over the row's sequences of Σ_t w_t·NLL_t
+    bad: dict[int, str] = field(default_factory=dict)  # row → why it must be left out
+    # View → module → `[out in]`, the unprojected sum of the rows that are not bad.
     full_sums: dict[View, dict[str, Tensor]] = field(default_factory=dict)
-    token_budget: int = 0
+    token_budget: int = 0  # of the batches; smaller than was asked for where memory ran out
+    # What the rows that were to be measured are before projection; None if there were none.
     exact: ExactProducts | None = None
-
-
-class ShardPart:
-    """What a pass over a shard has finished so far, from which another process goes on to the same rows.
-
-    Rows are done module group by module group. What a batch was at when the pass was interrupted is in no part.
-
-    tensors: by name, on the CPU, what `snapshot` gave; empty where nothing is known.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
-        self.tensors: Mapping[str, Tensor] = tensors or {}
-        self._snapshot: Callable[[], dict[str, Tensor]] | None = None
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """What is finished now: `done` [group row], and of rows of which anything is, rows, losses and squared norms;
-        with sums over modules where they are asked for. Empty before the pass begins.
-        """
-        return {} if self._snapshot is None else self._snapshot()
-
-    @staticmethod
-    def is_something(tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a snapshot has anything, be it of one module group."""
-        return "done" in tensors and bool(tensors["done"].any())
-
-    @staticmethod
-    def rows_of(tensors: Mapping[str, Tensor]) -> int:
-        """How many rows a snapshot has in full."""
-        return int(tensors["done"].all(0).sum()) if "done" in tensors else 0
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """How a pass over a shard is made.
+    """How a pass over a shard is made."""
 
-    token_budget: padded tokens per batch.
-    views: which rows to make.
-    by_module: the projector of the `segments` view.
-    adam: per module name, needed for the `adam` view.
-    full_sum: also sum the unprojected rows of each view.
-    autocast: run the model in this dtype; gradients are accumulated in float32 all the same.
-    module_groups: go through the sequences this many times, each time for a part of the modules, to hold fewer
-        gradients, moments and sums in memory at once.
-    lanes: batches that run at once on a CPU, each on its share of the threads: small batches lose up to a fifth of
-        the time when all threads share one. Rows depend on the threads of a lane only by rounding.
-    checkpointing: run each layer again in the backward pass instead of keeping its activations.
-    measured: rows whose inner products are wanted before projection, too.
-    """
-
-    token_budget: int
-    views: SequenceABC[View] = ("plain",)
-    by_module: Projector | None = None
-    adam: Mapping[str, AdamDirection] = field(default_factory=dict)
-    full_sum: bool = False
+    token_budget: int  # padded tokens per batch
+    views: SequenceABC[View] = ("plain",)  # which rows to make
+    by_module: Projector | None = None  # the projector of the `segments` view
+    adam: Mapping[str, AdamDirection] = field(default_factory=dict)  # per module name, needed for the `adam` view
+    full_sum: bool = False  # also sum the unprojected rows of each view
+    # Run the model in this dtype; gradients are accumulated in float32 all the same.
     autocast: torch.dtype | None = None
+    # Go through the sequences this many times, each time for a part of the modules, to hold fewer gradients, moments
+    # and sums in memory at once.
     module_groups: int = 1
+    # Batches that run at once on a CPU, each on its share of the threads: small batches lose up to a fifth of the time
+    # when all threads share one. Rows depend on the threads of a lane only by rounding.
     lanes: int = 1
-    checkpointing: bool = False
-    measured: SequenceABC[int] = ()
+    checkpointing: bool = False  # run each layer again in the backward pass instead of keeping its activations
+    measured: SequenceABC[int] = ()  # rows whose inner products are wanted before projection, too
 
 
 def gradient_rows(
@@ -124,20 +79,18 @@ def gradient_rows(
 ) -> ShardRows:
     """Projected per-example gradients of a shard.
 
-    Where memory runs out, a batch is taken in halves, and what follows in batches of that size; a row depends on its
-    company by rounding only. On a GPU nothing waits for a batch to end before the next one begins.
-
     For a row r with sequences s ∈ r the gradient of module l is `G_r,l = Σ_s ∂(Σ_t w_t·NLL_t)/∂W_l`. The `plain` view
     stores R_l·G, the `adam` view R_l·Γ(G) with the Adam direction taken before the projection, and the `segments` view
     R_l·G of a projection that keeps modules apart, all from the same backward.
 
+    Where memory runs out, a batch is taken in halves, and what follows in batches of that size; a row depends on its
+    company by rounding only. On a GPU nothing waits for a batch to end before the next one begins.
+
     Args:
-        model: in any mode; it is evaluated without dropout and left as found.
-        modules: from `find_modules`; rows hold their columns in this order.
+        model, modules: it is evaluated without dropout and left as found; rows hold their columns in the modules'
+            order.
         projector: of the same modules.
-        sequences: their `row` is a position below `row_count`.
-        settings: which rows are made, and how.
-        row_count: number of rows of the shard.
+        sequences: their `row` is a position below `row_count`, the number of rows of the shard.
         on_rows: told how many rows were done, beside those of `part`.
         part: what is known already, of a pass with the same arguments; tells what is finished from then on.
 
@@ -182,7 +135,7 @@ def _pass(
     on_rows: Callable[[int], None] | None = None,
     part: ShardPart | None = None,
 ) -> ShardRows:
-    full_sum, lanes = settings.full_sum, settings.lanes
+    full_sum, lanes, part = settings.full_sum, settings.lanes, part or ShardPart()
     device = next(iter(projectors.values())).device
     result = ShardRows(
         rows={
@@ -191,67 +144,58 @@ def _pass(
         },
         norms={},
         loss=torch.zeros(row_count, dtype=torch.float64, device=device),
-        full_sums={view: {} for view in projectors} if full_sum else {},
         exact=exact,
     )
     groups = grouped(modules, settings.module_groups)
-    squares = {view: torch.zeros(len(groups), row_count, dtype=torch.float64, device=device) for view in projectors}
-    columns: Columns = {
-        view: [[(s.start, s.stop) for s in (projector.segment(c.name) for c in group)] for group in groups]
-        for view, projector in projectors.items()
-    }
-    # Groups that add to the same columns add to rows of their own, so that what each has added can be told apart.
-    blank = [
-        result.rows if _apart(columns) else {v: torch.zeros_like(r) for v, r in result.rows.items()} for _ in groups
-    ]
+    squares = {view: torch.zeros_like(result.loss) for view in projectors}
     measured = frozenset() if exact is None else frozenset(exact.rows)
     others, last = ([s for s in sequences if (s.row in measured) == held] for held in (False, True))
-    progress = _Progress(result, blank, squares, columns, measured)
-    if part is not None:
-        progress.restore(part.tensors)
-        part._snapshot = progress.snapshot
+    part.follow(result, squares, len(groups), budget, on_rows)
     # Kronecker rows come from the factors; only Adam directions and sums need the gradient itself.
     kinds = {projector.projection.kind for projector in projectors.values()}
     by_factors = kinds == {"kronecker"} and "adam" not in projectors and not full_sum
     for number, group in enumerate(groups):
         with Capture(model, group, autocast=settings.autocast, checkpointing=settings.checkpointing).open() as capture:
-            own = {view: square[number] for view, square in squares.items()}
-            into = replace(result, rows=blank[number])
-            sinks = [_Sink(projectors, settings.adam, into, own, full_sum, number == 0) for _ in range(lanes)]
+            sinks = [_Sink(projectors, settings.adam, result, squares, full_sum, number == 0) for _ in range(lanes)]
             # What is measured is held until all of it is there, and an interruption loses it: it comes last, by itself.
-            units = [unit for part in (others, last) for unit in budget.units(part)]
-            progress.begin(number, units, sinks)
+            units = [unit for some in (others, last) for unit in budget.units(some)]
+            part.begin(number, sinks)
+            done = part.done[number]
 
-            def run(lane: int, unit: Unit, stopped: Callable[[], bool], capture: Capture = capture) -> bool:
-                sink, known = sinks[lane], progress.is_done(unit)  # noqa: B023 - used before the next group's
+            def skip(unit: Unit, done: NDArray[np.bool_] = done) -> bool:
+                return bool(done[list(unit[-1].rows)].all()) and measured.isdisjoint(unit[-1].rows)
 
-                def take(unit: Unit) -> Batch | None:
-                    return _take(unit, capture, sink, by_factors, stopped, known=known)
-
+            def run(
+                lane: int,
+                unit: Unit,
+                stopped: Callable[[], bool],
+                sinks: list[_Sink] = sinks,
+                done: NDArray[np.bool_] = done,
+                capture: Capture = capture,
+            ) -> bool:
                 def leave_out(failed: Batch, why: str) -> None:
                     result.bad.update(dict.fromkeys(failed.rows, why))
+                    part.tell(len(failed.rows))
 
-                return budget.through(unit, take, leave_out, stopped)
+                flags = set(done[list(unit[-1].rows)].tolist())
+                for known in sorted(flags):  # of a unit that was halved where memory ran out, a part may be done
+                    left = [s for batch in unit for s in batch.sequences if bool(done[s.row]) == known]
+                    take = partial(_take, capture, sinks[lane], None if known else part, by_factors, stopped)
+                    for one in [unit] if len(flags) == 1 else budget.units(left):
+                        if not budget.through(one, take, leave_out, stopped):
+                            return False
+                return True
 
-            def done(lane: int, unit: Unit, number: int = number) -> None:
-                known = progress.is_done(unit)
-                progress.mark(lane, unit)
-                if on_rows is not None and not known and number == len(groups) - 1:
-                    on_rows(len(unit[-1].rows))
-
-            _in_lanes(units, lanes, run, done, progress.needs_nothing, fixed=full_sum)
-        progress.end()
+            _in_lanes(units, lanes, run, skip, fixed=full_sum)
+        part.end()
         if exact is not None:
             exact.add_up()
-    if blank[0] is not result.rows:
-        result.rows = {view: sum((rows[view] for rows in blank[1:]), start=blank[0][view]) for view in projectors}
     if full_sum:
-        result.full_sums = {view: progress.sums.get(view, {}) for view in projectors}
-    norms = {view: sum(square[1:], start=square[0]) for view, square in squares.items()}  # in the groups' order
-    result.norms = {view: square.sqrt() for view, square in norms.items()}
+        result.full_sums = {view: part.sums.get(view, {}) for view in projectors}
+    result.norms = {view: square.sqrt() for view, square in squares.items()}
     finite_loss = torch.isfinite(result.loss)
     finite_rows = torch.stack(
-        [torch.isfinite(square) & torch.isfinite(result.rows[view]).all(1) for view, square in norms.items()]
+        [torch.isfinite(square) & torch.isfinite(result.rows[view]).all(1) for view, square in squares.items()]
     ).all(0)
     for row in (~(finite_loss & finite_rows)).nonzero()[:, 0].tolist():
         loss = float(result.loss[row])
@@ -260,181 +204,130 @@ def _pass(
 
 
 Sums = dict[View, dict[str, Tensor]]  # view → module → [out in]
-Columns = Mapping[View, SequenceABC[SequenceABC[tuple[int, int]]]]  # view → module group → (start, stop)
 
 
-def _apart(columns: Columns) -> bool:
-    """Whether module groups have columns of their own, so that what one has added can be told from the others'."""
-    for groups in columns.values():
-        taken = [range(start, stop) for group in groups for start, stop in {*group}] if len(groups) > 1 else []
-        ordered = sorted(taken, key=lambda part: part.start)
-        if any(one.stop > other.start for one, other in pairwise(ordered)):
-            return False
-    return True
+class ShardPart:
+    """What a pass over a shard has finished so far, from which another process goes on to the same rows.
 
+    Rows are done module group by module group. What a batch was at when the pass was interrupted is in no part.
 
-@dataclass(frozen=True)
-class _Reached:
-    """How far a pass is: one value, so that whoever looks at any moment sees what belongs together.
-
-    done: [group row], an array: a tensor's entries are asked for as if they lay on a GPU
-    group: that is under way
-    lanes: full-space sums of that group's units that are done, by lane
-    sums: full-space sums of the groups before
-    """
-
-    done: NDArray[np.bool_]
-    group: int = 0
-    lanes: tuple[Sums, ...] = ()
-    sums: Sums = field(default_factory=dict)
-
-
-class _Progress:
-    """What is done of a pass, and how that is written down and taken up again.
+    Attributes:
+        done: bool [group row].
 
     Args:
-        result: whose losses the pass adds to.
-        rows: of each module group, by view, that it adds to; the same ones where groups have columns of their own.
-        squares: view → [group row], squared norms that it adds to.
-        columns: of each view and module group in the rows.
-        measured: rows that are wanted before projection, too, which no part holds: their batches run again.
+        tensors: what `snapshot` gave to another process, by name, on the CPU; empty where nothing is known.
     """
 
-    def __init__(
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self._known = tensors or {}
+        self._begun = int(self._known["group"]) if self._known else 0  # the group that was under way there
+        self._adding: dict[str, Tensor] = {}
+        self._lock, self._torn = threading.Lock(), False  # of what is added together; whether that was cut short
+        self._telling = threading.Lock()
+
+    def follow(
         self,
         result: ShardRows,
-        rows: SequenceABC[Mapping[View, Tensor]],
         squares: Mapping[View, Tensor],
-        columns: Columns,
-        measured: frozenset[int],
+        groups: int,
+        budget: Budget,
+        on_rows: Callable[[int], None] | None,
     ) -> None:
-        self._result, self._squares, self._columns, self._measured = result, squares, columns, measured
-        self._rows = rows if rows[0] is not rows[-1] else rows[:1]
-        groups = len(next(iter(columns.values())))
-        self._reached = _Reached(np.zeros((groups, len(result.loss)), dtype=np.bool_))
-        self._sinks: SequenceABC[_Sink] = ()
-        # The group that was under way in an earlier process, and what its lanes had summed up, until it is again.
-        self._resumed: tuple[int, tuple[Sums, ...]] | None = None
+        """Be of a pass that adds to these; what is known is added now, and batches are of the size that they had."""
+        self._budget, self._on_rows, self.done = budget, on_rows, np.zeros((groups, len(result.loss)), dtype=np.bool_)
+        rows = {f"rows/{view}": rows for view, rows in result.rows.items()}
+        adding = {"loss": result.loss, **rows, **{f"squares/{view}": square for view, square in squares.items()}}
+        if self._known:
+            self.done[:] = self._known["done"].numpy()
+            budget.tokens = min(budget.tokens, int(self._known["tokens"]))
+            for name, tensor in adding.items():
+                tensor.copy_(self._known[name])
+        # One value, so that whoever looks at any moment sees what belongs together: the group, its batches' size, its
+        # lanes, and sums of the groups before.
+        self._reached: tuple[int, int, SequenceABC[_Sink], Sums] = 0, budget.tokens, (), self._known_sums("sum")
+        self._adding = adding
 
-    def begin(self, group: int, units: SequenceABC[Unit], sinks: SequenceABC[_Sink]) -> None:
-        """A pass over the units for a group's modules; what is done of it stays only if it is of whole units."""
-        known, done = self._reached, self._reached.done
-        self._sinks = sinks
-        flags = [done[group, list(unit[-1].rows)] for unit in units]
-        if any(bool(flag.any()) and not bool(flag.all()) for flag in flags):  # they were cut otherwise
-            done = done.copy()
-            done[group] = False
-            self._forget(group)
-        elif self._resumed is not None and self._resumed[0] == group:
-            for sink, sums in zip(sinks, self._resumed[1], strict=False):
-                sink.full_sums = {view: dict(modules) for view, modules in sums.items()}
-        lanes = tuple(_copy(sink.full_sums) for sink in sinks)
-        self._reached = _Reached(done, group, lanes, known.sums)
-        if self._resumed is not None and self._resumed[0] == group:
-            self._resumed = None
+    def begin(self, group: int, sinks: SequenceABC[_Sink]) -> None:
+        """A module group, which the lanes' sinks add to."""
+        if self._known and group == self._begun:
+            for number, sink in enumerate(sinks):
+                sink.full_sums = {view: {} for view in sink.full_sums} | self._known_sums(f"lane {number}")
+        self._reached = group, self._budget.tokens, sinks, self.sums
 
-    def is_done(self, unit: Unit) -> bool:
-        return bool(self._reached.done[self._reached.group, list(unit[-1].rows)].all())
+    def add(self, sink: _Sink, rows: SequenceABC[int]) -> None:
+        """Add to the result what a sink has of some rows, or nothing of it."""
+        with self._lock, interruption.held():
+            self._torn = True
+            sink.commit()
+            self.done[self._reached[0], list(rows)] = True
+            self._torn = False
+        self.tell(len(rows))
 
-    def needs_nothing(self, unit: Unit) -> bool:
-        return self.is_done(unit) and self._measured.isdisjoint(unit[-1].rows)
-
-    def mark(self, lane: int, unit: Unit) -> None:
-        """A unit's rows are in the result; called for one unit at a time, before its lane takes another."""
-        now, rows = self._reached, list(unit[-1].rows)
-        if not self._result.bad.keys().isdisjoint(rows):
-            return  # why a row is left out is found again by trying it
-        done, lanes = now.done.copy(), list(now.lanes)
-        done[now.group, rows], lanes[lane] = True, _copy(self._sinks[lane].full_sums)
-        self._reached = replace(now, done=done, lanes=tuple(lanes))
+    def tell(self, rows: int) -> None:
+        """That so many rows are through, where that is all of them; one lane at a time."""
+        if self._on_rows is not None and self._reached[0] == len(self.done) - 1:
+            with self._telling:
+                self._on_rows(rows)
 
     def end(self) -> None:
-        """All units of the group are through: its sums over lanes, in their order, join those of the groups before."""
-        sums = _copy(self._reached.sums)
-        for sink in self._sinks:
+        """The group is through: its sums over lanes, in their order, join those of the groups before."""
+        group, tokens, sinks, before = self._reached
+        sums = {view: dict(modules) for view, modules in before.items()}
+        for sink in sinks:
             for view, modules in sink.full_sums.items():
                 own = sums.setdefault(view, {})
                 for name, total in modules.items():
                     own[name] = own[name] + total if name in own else total
-        self._reached = replace(self._reached, lanes=(), sums=sums)
+        self._reached = group, tokens, (), sums
 
     @property
     def sums(self) -> Sums:
-        """Full-space sums of the groups that are through."""
-        return self._reached.sums
+        """Full-space sums of the module groups that are through."""
+        return self._reached[3]
 
     def snapshot(self) -> dict[str, Tensor]:
-        """As `ShardPart.snapshot`."""
-        now = self._reached  # first: what is finished from here on is left out
-        done = torch.from_numpy(now.done.copy())
-        index = done.any(0).nonzero()[:, 0]
-        undone = ~done[:, index]
-        group, lanes = self._resumed or (now.group, now.lanes)
-        tensors = {"done": done, "group": torch.tensor(group), "loss": _taken(self._result.loss, index)}
-        tensors["loss"][undone[0]] = 0
-        for view, square in self._squares.items():
-            squares = _taken(square.T, index).T.contiguous()
-            squares[undone] = 0
-            tensors[f"squares/{view}"] = squares
-            for number, rows in enumerate(self._rows):
-                part = tensors[f"rows {number}/{view}"] = _taken(rows[view], index)
-                for group, columns in enumerate(self._columns[view]):
-                    for start, stop in columns if len(self._rows) == 1 or group == number else ():
-                        part[undone[group], start:stop] = 0
-        for place, sums in [("sum", now.sums), *((f"lane {n}", lane) for n, lane in enumerate(lanes))]:
-            for view, modules in sums.items():
-                tensors |= {f"{place}/{view}/{name}": total.cpu().clone() for name, total in modules.items()}
-        return tensors
+        """What is finished now; empty before the pass begins, or where adding to it was cut short."""
+        with self._lock:
+            if not self._adding or self._torn:
+                return {}
+            group, tokens, sinks, sums = self._reached
+            if group < self._begun:  # nothing of it is new
+                return dict(self._known)
+            tensors = {
+                "group": torch.tensor(group),
+                "tokens": torch.tensor(tokens),
+                "done": torch.from_numpy(self.done),
+            }
+            for place, own in [("sum", sums), *((f"lane {n}", sink.full_sums) for n, sink in enumerate(sinks))]:
+                tensors |= {f"{place}/{view}/{name}": one for view, all_ in own.items() for name, one in all_.items()}
+            return {name: tensor.cpu().clone() for name, tensor in (tensors | self._adding).items()}
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        if "done" not in tensors:
-            return
-        done, result = tensors["done"], self._result
-        index = done.any(0).nonzero()[:, 0].to(result.loss.device)
-        result.loss[index] = tensors["loss"].to(result.loss)
-        for view, square in self._squares.items():
-            square[:, index] = tensors[f"squares/{view}"].to(square)
-            for number, rows in enumerate(self._rows):
-                rows[view][index] = tensors[f"rows {number}/{view}"].to(rows[view])
-        places: dict[str, Sums] = {}
-        for key, total in tensors.items():
-            place, _, rest = key.partition("/")
-            if place == "sum" or place.startswith("lane "):
-                of, _, name = rest.partition("/")
-                places.setdefault(place, {}).setdefault(cast(View, of), {})[name] = total.to(result.loss.device)
-        views = tuple(result.full_sums)
-        of_lanes = [int(place.partition(" ")[2]) for place in places if place != "sum"]  # not of those without a unit
-        lanes = tuple(
-            {view: places.get(f"lane {n}", {}).get(view, {}) for view in views}
-            for n in range(max(of_lanes, default=-1) + 1)
-        )
-        self._reached = _Reached(done.numpy(), sums=places.get("sum", {}))
-        self._resumed = int(tensors["group"]), lanes
+    def _known_sums(self, place: str) -> Sums:
+        found: Sums = {}
+        for key, total in self._known.items():
+            of, _, rest = key.partition("/")
+            if of == place:
+                view, _, name = rest.partition("/")
+                found.setdefault(cast(View, view), {})[name] = total.to(self._budget.device)
+        return found
 
-    def _forget(self, group: int) -> None:
-        for view, square in self._squares.items():
-            square[group] = 0
-            for start, stop in self._columns[view][group]:
-                self._rows[group if len(self._rows) > 1 else 0][view][:, start:stop] = 0
-        if group == 0:
-            self._result.loss.zero_()
+    @staticmethod
+    def is_something(tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a snapshot has anything, be it of one module group."""
+        return "done" in tensors and bool(tensors["done"].any())
 
-
-def _copy(sums: Mapping[View, Mapping[str, Tensor]]) -> Sums:
-    """Of the mappings; their tensors are never changed, but replaced."""
-    return {view: dict(modules) for view, modules in sums.items()}
-
-
-def _taken(tensor: Tensor, index: Tensor) -> Tensor:
-    return tensor[index.to(tensor.device)].cpu().clone()
+    @staticmethod
+    def rows_of(tensors: Mapping[str, Tensor]) -> int:
+        """How many rows a snapshot has in full."""
+        return int(tensors["done"].all(0).sum()) if "done" in tensors else 0
 
 
 def _take(
-    unit: Unit, capture: Capture, sink: _Sink, by_factors: bool, stopped: Callable[[], bool], *, known: bool
+    capture: Capture, sink: _Sink, part: ShardPart | None, by_factors: bool, stopped: Callable[[], bool], unit: Unit
 ) -> Batch | None:
-    """Add the rows of a unit, or change nothing and return the batch for which memory did not suffice.
+    """Add the rows of a unit to a part, or change nothing and return the batch for which memory did not suffice.
 
-    Of a unit whose rows are known nothing is added: it is run for what its rows are before projection.
+    Without a part nothing is added: rows that are done are run for what they are before projection.
     """
     batch = unit[0]
     sink.begin()
@@ -447,12 +340,11 @@ def _take(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sink.undo()
+        sink.begin()
         return batch
-    if known:
-        sink.undo()
-    else:
-        sink.commit()
+    if part is not None:
+        part.add(sink, unit[-1].rows)
+    sink.begin()  # lets go of what the unit's rows were
     return None
 
 
@@ -460,13 +352,11 @@ def _in_lanes(
     units: SequenceABC[Unit],
     lanes: int,
     run: Callable[[int, Unit, Callable[[], bool]], bool],
-    done: Callable[[int, Unit], None],
     skip: Callable[[Unit], bool],
     *,
     fixed: bool,
 ) -> None:
-    """Call `run(lane, unit, stopped)` for every unit, `lanes` at a time, and `done(lane, unit)` after each, one at a
-    time; units to `skip` are passed over.
+    """Call `run(lane, unit, stopped)` for every unit, `lanes` at a time, but for units to `skip`.
 
     A lane takes the next unit that waits, or with `fixed` those that are always its own, so that sums over a lane are
     the same every time. Whatever ends this early (a failure, Ctrl-C) lets each lane finish its batch and no more:
@@ -476,22 +366,17 @@ def _in_lanes(
         for unit in units:
             if not skip(unit):
                 run(0, unit, lambda: False)
-                done(0, unit)
         return
     waiting = iter(units)  # shared: taking the next of a list is atomic
     queues = [iter(units[lane::lanes]) if fixed else waiting for lane in range(lanes)]
-    threads, stop, told = torch.get_num_threads(), threading.Event(), threading.Lock()
+    threads, stop = torch.get_num_threads(), threading.Event()
 
     def lane_of(lane: int) -> None:
         torch.set_num_threads(max(1, threads // lanes))
         try:
             for unit in queues[lane]:
-                if skip(unit):
-                    continue
-                if stop.is_set() or not run(lane, unit, stop.is_set):
+                if not skip(unit) and (stop.is_set() or not run(lane, unit, stop.is_set)):
                     return
-                with told:
-                    done(lane, unit)
         except BaseException:  # the others are waited for before it is known elsewhere
             stop.set()
             raise
@@ -526,31 +411,23 @@ class _Sink:
         self.full_sums: dict[View, dict[str, Tensor]] = {view: {} for view in projectors} if full_sum else {}
         self._with_losses = losses
         self._open_row: dict[str, Tensor] = {}  # full-space sums of a row that needs several batches
-        self._before: dict[View, dict[str, Tensor]] = {}  # full_sums as they were when the unit began
+        self._sums = self.full_sums  # with the unit's
         self._done: list[Callable[[], object]] = []  # what the unit's batches add to the result
         self.block: dict[tuple[View, torch.device], Tensor] = {}  # a model spread over devices adds up on each
         self._norms: dict[View, list[Tensor]] = {}  # of the batch's rows, module by module
 
     def begin(self) -> None:
-        self._before = {view: dict(sums) for view, sums in self.full_sums.items()}
-
-    def undo(self) -> None:
-        """As if the unit had not begun."""
-        self.full_sums, self._before = self._before, {}
+        """As before any unit but those that are committed."""
+        self._sums = {view: dict(sums) for view, sums in self.full_sums.items()}
         self._open_row.clear()
         self._done.clear()
-        self._let_go()
+        self.block, self._norms = {}, {}
 
     def commit(self) -> None:
         """Add the unit's rows to the result; needs no memory."""
         for add in self._done:
             add()
-        self._done.clear()
-        self._before = {}
-        self._let_go()
-
-    def _let_go(self) -> None:
-        self.block, self._norms = {}, {}
+        self.full_sums = self._sums
 
     def start(self, batch: Batch) -> None:
         self.batch = batch
@@ -599,8 +476,8 @@ class _Sink:
 
     def _add(self, view: View, name: str, rows: Tensor, *, overwrite: bool) -> None:
         self._norms[view].append(row_norms(rows.flatten(1)))
-        if self.full_sums:
-            total, sums = rows.sum(0), self.full_sums[view]
+        if self._sums:
+            total, sums = rows.sum(0), self._sums[view]
             sums[name] = sums[name] + total if name in sums else total
         self.projectors[view].project(name, rows, self._block(view, rows.device), overwrite=overwrite)
 

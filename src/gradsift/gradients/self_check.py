@@ -37,20 +37,13 @@ _SMALL = 1e-2  # spread of the numbers that stand in for a B of zeros
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What was found.
+    """What was found."""
 
-    modules: how many were compared
-    error:   the largest relative difference to autograd, Frobenius norm, over modules and rows
-    worst:   the module that it is of
-    bound:   what was allowed
-    idle:    modules that took no part in the loss of either row, as experts do that no token was sent to
-    """
-
-    modules: int
-    error: float
-    worst: str
-    bound: float
-    idle: tuple[str, ...]
+    modules: int  # how many were compared
+    error: float  # the largest relative difference to autograd, Frobenius norm, over modules and rows
+    worst: str  # the module that it is of
+    bound: float  # what was allowed
+    idle: tuple[str, ...]  # modules that took no part in the loss of either row, as experts that no token was sent to
 
     @property
     def words(self) -> str:
@@ -80,14 +73,12 @@ def self_check(
     """Compare what `Capture` hands over for a batch of two rows with autograd's gradients of either row's loss.
 
     In single and double precision the shorter row's loss must also be the same in the batch as alone. Where gradients
-    are not finite, or memory does not suffice even for this, nothing is compared, and the work itself will tell.
+    are not finite, or memory does not suffice even for this, nothing is compared, and the work itself will tell. LoRA B
+    matrices that are zero hold small random numbers meanwhile.
 
     Args:
-        network: as gradients will be taken of it. LoRA B matrices that are zero hold small random numbers meanwhile.
-        modules: from `find_modules`.
         rows: at least two sequences with a supervised token each; two of them are used, cut to 16 tokens.
         pattern: by which the modules were found, for the message.
-        autocast, checkpointing: as for `Capture`.
 
     Raises:
         ModelError: the two differ by more than 1e-4 of the gradient (1e-3 where LoRA is folded into W, whose rounding
@@ -285,10 +276,9 @@ def _exact(
                 nll = head.nll(batch)
             for row in range(len(pair)):
                 loss = nll[batch.owner.to(nll.device) == row].sum()
-                gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-                for c, weight, gradient in zip(group, weights, gradients, strict=True):
-                    whole = torch.zeros_like(weight) if gradient is None else gradient
-                    exact[c.name].append(c.matrix(whole).detach().float())
+                gradients = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
+                for c, gradient in zip(group, gradients, strict=True):
+                    exact[c.name].append(c.matrix(gradient).detach().float())
         for weight in weights:
             weight.requires_grad_(False)
     return exact

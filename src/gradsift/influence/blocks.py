@@ -25,10 +25,8 @@ BlockConsumer = Callable[[slice, Tensor, Tensor | None], None]
 def place_for(device: str, queries: int, held: int) -> torch.device:
     """Where rows are multiplied: on the device, if it is a GPU that has room, and the work is worth the way there.
 
-    Args:
-        device: as `--device` has it; `map` takes the first GPU.
-        queries: with how many; a few take less time than the way.
-        held: bytes that factors and sums take there meanwhile.
+    `held` are bytes that factors and sums take there meanwhile. A few queries take less time than the way; `map` takes
+    the first GPU.
     """
     name = resolve_device(device)
     place = torch.device(name)
@@ -52,15 +50,8 @@ def on_cpu(place: torch.device | str) -> bool:
 
 
 class Queries:
-    """What multiplies blocks of rows by all queries, with the arithmetic of `row_products` on every device.
-
-    Attributes:
-        place: where it is done.
-        block: rows of a block, at most.
-
-    Args:
-        queries: `[query dim]` float32, contiguous.
-        device: see `place_for`.
+    """What multiplies blocks of rows by all queries `[query dim]` (float32, contiguous), with the arithmetic of
+    `row_products`, at `place`: the device, or as `place_for` has it; `block` are the rows of a block, at most.
     """
 
     def __init__(self, queries: Tensor, device: str) -> None:
@@ -105,13 +96,12 @@ def over_blocks(
     stop: int | None = None,
     place: torch.device | str = "cpu",
 ) -> None:
-    """Read a store once, block by block, on all threads.
+    """Read rows `[start, stop)` of a store once, block by block, on all threads.
 
     Args:
         block: rows that are converted at once.
-        begin: called once by each thread; what it returns takes each of the thread's blocks as (positions, fp32 rows
-            as they are stored `[row dim]`, their scales `[row]` or None). It may change the rows.
-        start, stop: rows [start, stop) alone, whose positions count from 0.
+        begin: called once by each thread; what it returns takes each of the thread's blocks as (positions from `start`
+            on, fp32 rows as they are stored `[row dim]`, their scales `[row]` or None). It may change the rows.
         place: where the rows are wanted; scales stay on the CPU.
     """
     first, last = start, len(store) if stop is None else stop

@@ -44,7 +44,6 @@ class BM25(Estimator):
         return f"BM25 ({', '.join(parts)})" if parts else "BM25"
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """`bm25_scores` of the texts or the tokens."""
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))
         warnings: list[str] = []

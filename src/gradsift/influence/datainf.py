@@ -149,17 +149,10 @@ def datainf_scores(
 
         S = Σ_l h Gᵀ,   h = (V − (1/n) ((V Gᵀ) · c) G) / λ,   c_j = 1 / (λ + ‖g_j‖²)
 
-    (Kwon et al. 2024, equation 5, with the sign turned: theirs is negative for an example that helps.) λ is the same
-    for all segments, or `auto`: a tenth of the segment's mean squared coordinate (as in their experiments, here over
-    the projected coordinates). A segment in which every pool gradient is zero adds nothing.
-
-    Args:
-        pool: per segment the plain gradients of the pool, [pool k_l].
-        target: per segment the plain gradients of the targets, [target k_l].
-        damping: λ, in squared units of the gradients, or `auto`.
-
-    Returns:
-        Scores [pool target], fp32 or better, on the device of `pool`; computed in fp64.
+    (Kwon et al. 2024, equation 5, with the sign turned: theirs is negative for an example that helps.) λ, in squared
+    units of the gradients, is the same for all segments, or `auto`: a tenth of the segment's mean squared coordinate
+    (as in their experiments, here over the projected coordinates). A segment in which every pool gradient is zero adds
+    nothing. Scores are [pool target], fp32 or better, on the device of `pool`; computed in fp64.
 
     Raises:
         ConfigError: damping that is not a number above 0.
@@ -391,18 +384,12 @@ def store_dampings(
 
 @dataclass(frozen=True)
 class _Block:
-    """Some rows of some segments that lie side by side: a gradient is `stored · scale`.
+    """Some rows of some segments that lie side by side: a gradient is `stored · scale`."""
 
-    numbers: of the segments
-    stored: float32 `[row column]`, in a buffer that is used again
-    scale: float64 `[row]`
-    starts: first column of each segment, and the one after the last
-    """
-
-    numbers: list[int]
-    stored: Tensor
-    scale: Tensor
-    starts: list[int]
+    numbers: list[int]  # of the segments
+    stored: Tensor  # float32 `[row column]`, in a buffer that is used again
+    scale: Tensor  # float64 `[row]`
+    starts: list[int]  # first column of each segment, and the one after the last
 
     def segments(self) -> Iterator[tuple[int, Tensor]]:
         for number, start, stop in zip(self.numbers, self.starts[:-1], self.starts[1:], strict=True):

@@ -34,17 +34,14 @@ _SPLITS = 50  # of a prompt's samples into halves
 
 @dataclass(frozen=True)
 class CheckpointDiagnostics:
-    """One checkpoint's policy gradients.
+    """One checkpoint's policy gradients."""
 
-    rewards:     what the responses earned
-    half_cosine: cosine of the gradients of two halves of each prompt's samples, the median over 50 ways to halve them,
-        float64 `[prompt]`; NaN where most ways leave a half without signal
-    loss_cosine: cosine with the loss gradient of the prompt's label, float64 `[prompt]`; NaN where there is no label or
-        no signal, None where there are no labels at all
-    """
-
-    rewards: RewardSummary
+    rewards: RewardSummary  # what the responses earned
+    # Cosine of the gradients of two halves of each prompt's samples, the median over 50 ways to halve them, float64
+    # `[prompt]`; NaN where most ways leave a half without signal.
     half_cosine: NDArray[np.float64] = field(repr=False)
+    # Cosine with the loss gradient of the prompt's label, float64 `[prompt]`; NaN where there is no label or no signal,
+    # None where there are no labels at all.
     loss_cosine: NDArray[np.float64] | None = field(default=None, repr=False)
 
     @property
@@ -108,15 +105,9 @@ def diagnose(
     did. With `targets`, which must be of the same pool, target and method, they can be read there afterwards.
 
     Each prompt's samples are resampled, and weighed as if they were all (their baselines, too); its row is divided by
-    the norm of the whole one. Of more than 32 samples of a prompt, groups are.
-
-    Args:
-        pool, target, method, aggregation: as for `score`.
-        targets: see above.
-        looked: the pool's rows that new rankings are computed for.
-        choice: what was chosen of them.
-
-    Warns where less than half of the ranking would come again, besides what `signal_warnings` finds.
+    the norm of the whole one. Of more than 32 samples of a prompt, groups are. New rankings are computed for the rows
+    that are `looked` at, of which `choice` were chosen. Warns where less than half of the ranking would come again,
+    besides what `signal_warnings` finds.
 
     Raises:
         ConfigError: fewer than 2 samples per prompt, or an aggregation that is no mean.

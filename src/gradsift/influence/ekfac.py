@@ -100,7 +100,6 @@ class EKFAC(RateWeighted):
     checkpoints: Literal["all", "last"] = "all"
 
     def model_post_init(self, _context: object) -> None:
-        """Refuse what does not go together."""
         super().model_post_init(_context)
         if self.conjugate_gradient and self.labels == "data":
             raise ConfigError(
@@ -117,7 +116,6 @@ class EKFAC(RateWeighted):
         return f"EK-FAC ({', '.join(parts)})" if parts else "EK-FAC"
 
     def inputs(self, pool: Pool) -> dict[str, Any]:
-        """As others, and how factors are made."""
         return {**super().inputs(pool), **revisions("kronecker")}
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
@@ -128,20 +126,11 @@ class EKFAC(RateWeighted):
     def of(self, pool: Pool, targets: Targets) -> Influence:
         """The same, of what stands for the targets."""
         agreements: list[float] = []
-        ids, matrix, stores = self.matrix(pool, targets, agreements)
-        return Influence(
-            ids, matrix.numpy(), warnings=tuple(doubts(self, agreements)), identity={"stores": stores}, terms=agreements
-        )
-
-    def matrix(
-        self, pool: Pool, targets: Targets, agreements: list[float] | None = None
-    ) -> tuple[SequenceABC[str], Tensor, list[str]]:
-        """Pool ids, `[row target]` and the stores' fingerprints; each checkpoint's agreement is added to a list."""
 
         def products(checkpoint: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
             directions = self.found(pool, targets, checkpoint)
             along, exact = directions.find(pool)
-            if agreements is not None and pool.gradients.projection.kind != "none":
+            if pool.gradients.projection.kind != "none":
                 agreements.append(_agreement(store, along, directions.checked(), exact))
                 pool.reporter.say(
                     f"{self.label} at {checkpoint.name}: scores of projected rows and of whole gradients have a rank "
@@ -150,7 +139,10 @@ class EKFAC(RateWeighted):
             along[[number for number, id_ in enumerate(targets.ids) if id_ not in queries]] = 0
             return inner_products(store, along, normalise=False, weight=weight, engine=pool.engine, device=pool.device)
 
-        return summed(self, pool, targets, products)
+        ids, matrix, stores = summed(self, pool, targets, products)
+        return Influence(
+            ids, matrix.numpy(), warnings=tuple(doubts(self, agreements)), identity={"stores": stores}, terms=agreements
+        )
 
     def passes(
         self, pool: Pool, target: Target | None, checkpoints: Callable[[], SequenceABC[Checkpoint | None]]
@@ -212,16 +204,11 @@ class EKFAC(RateWeighted):
 
 @dataclass(frozen=True)
 class _Factors:
-    """What the curvature of a model at a checkpoint is, from a sample.
+    """What the curvature of a model at a checkpoint is, from a sample."""
 
-    at:     the checkpoint
-    sample: its rows
-    labels: as in `EKFAC`; of pairs the model's need no draw
-    """
-
-    at: AtCheckpoint
-    sample: Dataset
-    labels: Literal["model", "data"]
+    at: AtCheckpoint  # the checkpoint
+    sample: Dataset  # its rows
+    labels: Literal["model", "data"]  # as in `EKFAC`; of pairs the model's need no draw
 
     @property
     def config(self) -> dict[str, Any]:

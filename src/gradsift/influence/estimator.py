@@ -94,40 +94,27 @@ class Influence:
 
 @dataclass(frozen=True)
 class GreedyTerms:
-    """What rows are worth to a greedy choice that counts what they share with each other.
+    """What rows are worth to a greedy choice that counts what they share with each other."""
 
-    alone: of each row without the others, float64 `[row]`
-    shared_with: a row's number → what every row shares with it, float64 `[row]`
-    gains: of `alone`, what every row shares with all chosen ones together, and their number: `[row]`
-    """
-
-    alone: NDArray[np.float64]
-    shared_with: Callable[[int], NDArray[np.float64]]
+    alone: NDArray[np.float64]  # of each row without the others, float64 `[row]`
+    shared_with: Callable[[int], NDArray[np.float64]]  # a row's number → what every row shares with it, float64 `[row]`
+    # Of `alone`, what every row shares with all chosen ones together, and their number: `[row]`.
     gains: Callable[[NDArray[np.float64], NDArray[np.float64], int], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Rows that an estimator takes through the model, forth and back, beside those that are stored.
+    """Rows that an estimator takes through the model, forth and back, beside those that are stored."""
 
-    stage:   what `gradsift plan` calls them
-    done:    whether the run folder has what comes of them
-    forward: whether they go forth alone
-    stored:  what of them lies on disk, by the kinds of `gradsift.plan.work.Work`
-    at_most: bytes of it that lie there together
-    held:    what lies in memory together, of the same kinds
-    number:  of the checkpoint, where they go through the model at several
-    """
-
-    stage: str
+    stage: str  # what `gradsift plan` calls them
     rows: int
     tokens: float
-    done: bool = False
-    forward: bool = False
-    stored: Mapping[str, float] = field(default_factory=dict)
-    at_most: float = math.inf
-    held: Mapping[str, float] = field(default_factory=dict)
-    number: int = 0
+    done: bool = False  # whether the run folder has what comes of them
+    forward: bool = False  # whether they go forth alone
+    stored: Mapping[str, float] = field(default_factory=dict)  # what of them lies on disk, by kinds as in `plan.work`
+    at_most: float = math.inf  # bytes of it that lie there together
+    held: Mapping[str, float] = field(default_factory=dict)  # what lies in memory together, of the same kinds
+    number: int = 0  # of the checkpoint, where they go through the model at several
 
 
 class Toward(Protocol):
@@ -206,9 +193,7 @@ class Estimator(Settings):
     ) -> list[Passes]:
         """What it takes of the model beside stored rows, for `gradsift plan`; nothing is computed or written.
 
-        Args:
-            pool, target: as for `influence`.
-            checkpoints: to be called where it reads the pool's, which are then planned; None stands for one to train.
+        `checkpoints` is to be called where it reads the pool's, which are then planned; None stands for one to train.
         """
         return []
 
@@ -258,13 +243,9 @@ class Estimator(Settings):
         return None
 
     def exactly(self, products: Toward, checkpoints: int) -> NDArray[np.float64] | None:
-        """Scores of rows for one target from their whole gradients at the last checkpoint, `[row]`.
-
-        None where they are made of more than that.
-
-        Args:
-            products: gives products or cosines of the rows' plain gradients or Adam directions with the target's.
-            checkpoints: how many the pool has.
+        """Scores of rows for one target from their whole gradients at the last of so many checkpoints, `[row]`, by
+        products or cosines of the rows' plain gradients or Adam directions with the target's; None where they are made
+        of more than that.
         """
         return None
 
@@ -291,14 +272,26 @@ class Estimator(Settings):
         Raises:
             ConfigError: it takes labels, and prompts have none.
         """
-        if target.labels is not None and target.labels.ids == target.data.ids:
+        if target.labels is not None and (self.takes == "labels" or target.labels.ids == target.data.ids):
             return target.labels
         if self.takes == "texts" or not isinstance(target.data, Prompts):
             return target.data
-        answered = 0 if target.labels is None else len(target.labels)
         raise ConfigError(
-            f"{self.label} needs labels, and {len(target.data) - answered} of {len(target.data)} prompts have no "
-            "answer: use NICE, or add answers"
+            f"{self.label} needs labels, and none of {len(target.data)} prompts has an answer to learn: use NICE, or "
+            "add answers"
+        )
+
+    def without_labels(self, target: Target) -> str | None:
+        """What of a target it cannot be asked about, since nothing is there to learn; None where all of it can."""
+        labelled = target.labelled.data
+        if not self.needs_target or self.takes != "labels" or len(labelled) == len(target.data):
+            return None
+        missing = [id_ for id_ in target.data.ids if id_ not in set(labelled.ids)]
+        left_out = () if target.labels is None else target.labels.skipped
+        reasons = {skip.id: f": {skip.detail}" for skip in left_out if skip.reason == "nothing_to_learn"}
+        return (
+            f"{self.label} needs labels: {len(missing)} of {len(target.data)} prompts without an answer to learn do "
+            f"not count, first {missing[0]!r}{reasons.get(missing[0], '')}"
         )
 
 
@@ -306,7 +299,6 @@ class RateWeighted(Estimator):
     """Sums over checkpoints, each of which counts by its learning rate."""
 
     def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
-        """η̄_e / Σ η̄."""
         return rate_weights(checkpoints)
 
     def counted(self, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
@@ -348,11 +340,10 @@ class ProductEstimator(Estimator):
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         """The sum over checkpoints, weighted."""
         assert target is not None, self
-        ids, matrix, stores = self.matrix(pool, self.targets(pool, target))
-        return Influence(ids, matrix.numpy(), identity={"stores": stores})
+        return self.of(pool, self.targets(pool, target))
 
-    def matrix(self, pool: Pool, targets: Targets) -> tuple[Sequence[str], Tensor, list[str]]:
-        """Pool ids, `[row target]` and the stores' fingerprints."""
+    def of(self, pool: Pool, targets: Targets) -> Influence:
+        """The same, of what stands for the targets."""
 
         def products(_at: Checkpoint, store: GradientStore, queries: GradientStore, weight: float) -> Tensor:
             along = self.directions(store, target_rows(queries, targets.ids), pool.device)
@@ -360,7 +351,8 @@ class ProductEstimator(Estimator):
                 store, along, normalise=self.by_cosine, weight=weight, engine=pool.engine, device=pool.device
             )
 
-        return summed(self, pool, targets, products)
+        ids, matrix, stores = summed(self, pool, targets, products)
+        return Influence(ids, matrix.numpy(), identity={"stores": stores})
 
 
 def summed(
@@ -372,9 +364,7 @@ def summed(
     """What an estimator sums over its checkpoints, for the rows that are finite at each.
 
     `products` gives `[row column]` of a checkpoint, the pool's store, the targets' store, and the checkpoint's weight.
-
-    Returns:
-        Pool ids, the sum `[row column]`, and the stores' fingerprints: of each checkpoint the pool's and the targets'.
+    Returns pool ids, the sum, and the stores' fingerprints: of each checkpoint the pool's and the targets'.
     """
     refuse_too_many(len(pool.data), len(targets.ids))
     view, checkpoints = method.view, method.checkpoints_of(pool)

@@ -71,11 +71,11 @@ def ji2s_scores(
     model where others of the pool move it as well is worth less. The pairs collapse, `B_i = Γ_iᵀHs − Γ_iᵀHΓ_i` with
     `s = Σ_j Γ_j`, so the cost is linear in the pool. Where the paper is at odds with itself we take λ with the sign of
     its section 4.2 and of its derivation (A.1), not that of its section 3; sums over targets are means here, both in A
-    and in H, so that λ differs from theirs by a factor that depends on the number of targets.
+    and in H, so that λ differs from theirs by a factor that depends on the number of targets. Scores are [pool], fp32
+    or better, on the device of `pool`; computed in fp64.
 
     Args:
-        pool: update directions Γ (Adam's, or plain gradients) [pool dim].
-        target: gradients v [target dim].
+        pool, target: update directions Γ (Adam's, or plain gradients) [pool dim], gradients v [target dim].
         joint_weight: λ; the paper's are 0.05 to 0.2. Below 0 it prefers examples that others agree with.
         hessian: `fisher`, H = (1/Q) Σ_q v_q v_qᵀ of the arrays given; `identity`, which leaves similarity alone
             (section 6.2); or (Hs [dim], self terms Γ_iᵀHΓ_i [pool]) from elsewhere, None for self terms left in.
@@ -84,9 +84,6 @@ def ji2s_scores(
         pair_reduction: `sum` over j ≠ i, or `mean`, which divides by pool − 1 so that λ bears other pool sizes.
         standardise_terms: both terms to mean 0 and standard deviation 1 over the pool, which makes λ their ratio and
             drops η; a term that is the same for all becomes 0.
-
-    Returns:
-        Scores [pool], fp32 or better, on the device of `pool`; computed in fp64.
 
     Raises:
         ConfigError: a weight or rate that is not a finite number, a rate not above 0, or an unknown option.
@@ -255,21 +252,15 @@ class JI2S(TrainingEstimator):
 
 @dataclass(frozen=True)
 class JointTerms:
-    """The two terms of JI2S, summed over checkpoints.
+    """The two terms of JI2S, summed over checkpoints."""
 
-    ids: pool ids with finite gradients everywhere, without those that were left out
-    marginal: float64 [pool], Σ_e w_e A
-    joint: float64 [pool], Σ_e w_e η_e^(p−1) B, without λ; less the bias where that was asked for
-    bias: float64 [pool], the projection's estimated share in the joint term, for `fisher_projected`; where it is not
-        taken off, of some 2048 rows alone, and NaN of the others
-    stores: fingerprints of the stores used
-    """
-
-    ids: list[str]
-    marginal: Tensor
-    joint: Tensor
+    ids: list[str]  # pool ids with finite gradients everywhere, without those that were left out
+    marginal: Tensor  # float64 [pool], Σ_e w_e A
+    joint: Tensor  # float64 [pool], Σ_e w_e η_e^(p−1) B, without λ; less the bias where that was asked for
+    # Float64 [pool], the projection's estimated share in the joint term, for `fisher_projected`; where it is not taken
+    # off, of some 2048 rows alone, and NaN of the others.
     bias: Tensor | None
-    stores: list[str]
+    stores: list[str]  # fingerprints of the stores used
 
     def parts(self, method: JI2S) -> tuple[Tensor, Tensor]:
         """Both terms as they enter the score, which is their difference `[pool]`."""
@@ -345,7 +336,7 @@ def joint_parts(pool: Pool, targets: SequenceSource, method: JI2S, terms: JointT
         shared += factor * _reduced(pairs, method.pair_reduction, len(terms.ids))
     factors = [1.0, method.joint_weight]
     if method.standardise_terms:
-        spreads = [float((term - term.mean()).square().mean().sqrt()) for term in (terms.marginal, terms.joint)]
+        spreads = [_spread(term) for term in (terms.marginal, terms.joint)]
         factors = [factor / spread if spread else 0.0 for factor, spread in zip(factors, spreads, strict=True)]
     return factors[0] * alone - factors[1] * shared
 
@@ -528,25 +519,15 @@ def _full_direction(
     if pool.run.intact(prefix, pool.reporter) is not None:
         kept = load(pool.run.storage.read(f"{prefix}product.safetensors"))
         return kept["product"], [fingerprint(identity)]
-    direction = _project_product(
-        pool, _full_sum(pool, store, method, checkpoint, left_out), queries, targets, kind, checkpoint
-    )
+    total = store.full_sum()
+    if left_out:  # their own rows are collected for the purpose
+        subset = pool.data.subset(pool.data.positions(left_out))
+        own = pool.collect(subset, checkpoint, [method.view], what="overlap")[method.view].full_sum()
+        total = {name: part - own[name] for name, part in total.items()}
+    direction = _project_product(pool, total, queries, targets, kind, checkpoint)
     pool.run.storage.publish(f"{prefix}product.safetensors", save({"product": direction}))
     pool.run.complete(prefix, "curvature", identity, files=["product.safetensors"])
     return direction, [fingerprint(identity)]
-
-
-def _full_sum(
-    pool: Pool, store: GradientStore, method: JI2S, checkpoint: Checkpoint, left_out: Sequence[str]
-) -> dict[str, Tensor]:
-    """s over the pool but for the ids left out, whose own rows are collected for the purpose and subtracted."""
-    total = store.full_sum()
-    if left_out:
-        subset = pool.data.subset(pool.data.positions(left_out))
-        rows = pool.collect(subset, checkpoint, [method.view], what="overlap")[method.view]
-        for name, part in rows.full_sum().items():
-            total[name] = total[name] - part
-    return total
 
 
 def _project_product(
@@ -651,13 +632,17 @@ def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: Sequence[str]) 
 def standardised(term: Tensor) -> Tensor:
     """Mean 0 and standard deviation 1 over the pool; 0 where all are alike to rounding."""
     centred = term - term.mean()
-    spread = float(centred.square().mean().sqrt())
+    spread = _spread(term)
     # Of n equal numbers the mean, and with it each difference, is off by some ulps.
     constant = spread <= 1e-14 * float(term.abs().max())
     return torch.zeros_like(term) if constant else centred / spread
 
 
+def _spread(term: Tensor) -> float:
+    return float(term.std(correction=0))
+
+
 def _ratio(term: Tensor, other: Tensor) -> float:
     """Of standard deviations over the pool."""
-    above, below = (float((t - t.mean()).square().mean().sqrt()) for t in (term, other))
+    above, below = _spread(term), _spread(other)
     return above / below if below else math.inf if above else 0.0

@@ -25,15 +25,15 @@ def less_scores(
 ) -> Tensor:
     """Influence of every pool example on every target: a higher score means that training on it helps more.
 
-    `S = Σ_e w_e · n(Γ_e) · n(G_e)ᵀ` with `w_e = η̄_e / Σ η̄` (LESS, Xia et al. 2024, Definition 3.1 in its
-    normalised form; TracIn, Pruthi et al. 2020, without `n`), [pool target] on the device of `pool`. `n` divides each
-    row by its norm; a zero row stays zero, so its scores are 0.
+    `S = Σ_e w_e · n(Γ_e) · n(G_e)ᵀ` with `w_e = η̄_e / Σ η̄` (LESS, Xia et al. 2024, Definition 3.1 in its normalised
+    form; TracIn, Pruthi et al. 2020, without `n`), [pool target] on the device of `pool`. `n` divides each row by its
+    norm; a zero row stays zero, so its scores are 0.
 
     Args:
-        pool: per checkpoint the (projected) update directions of the pool, [pool dim].
-        target: per checkpoint the (projected) gradients of the targets, [target dim].
-        weights: mean learning rate η̄_e of each checkpoint, [checkpoint]; only their proportions count, so scores do
-            not depend on the unit of the rate. None weighs checkpoints equally.
+        pool, target: per checkpoint the (projected) update directions of the pool, [pool dim], and the gradients of the
+            targets, [target dim].
+        weights: mean learning rate η̄_e of each checkpoint, [checkpoint], of which only proportions count; None weighs
+            checkpoints equally.
         normalise: rows to unit norm (LESS), which makes each term a cosine. False is the raw inner product (TracIn),
             in the squared unit of the gradients.
 

@@ -32,18 +32,13 @@ _DROPPED = 0.1  # share of the trained rows that a check leaves out
 
 @dataclass(frozen=True)
 class Check:
-    """Predicted and true change of the targets' mean loss, nats, without a tenth of the rows, one number a retraining.
+    """Predicted and true change of the targets' mean loss without a tenth of the rows, nats, a number a retraining."""
 
-    kept:      ids of the training: all, then those of each retraining
-    predicted: by the scores
-    smooth:    of the same training without the rows
-    plain:     of `gradsift train` without them, less that with them: of another seed, with dropout, Adam as it is; none
-        of a recorded training
-    """
-
-    kept: tuple[tuple[str, ...], ...]
-    predicted: tuple[float, ...]
-    smooth: tuple[float, ...]
+    kept: tuple[tuple[str, ...], ...]  # ids of the training: all, then those of each retraining
+    predicted: tuple[float, ...]  # by the scores
+    smooth: tuple[float, ...]  # of the same training without the rows
+    # Of `gradsift train` without them, less that with them: of another seed, with dropout, Adam as it is; none of a
+    # recorded training.
     plain: tuple[float, ...] = ()
 
     def __str__(self) -> str:
@@ -58,14 +53,10 @@ class Check:
 
 @dataclass(frozen=True)
 class MagicTerms:
-    """What MAGIC knows of its numbers.
+    """What MAGIC knows of its numbers."""
 
-    growth: the largest norm of the adjoint, in that at the end, of each training
-    check:  predicted and true changes, where they were asked for
-    """
-
-    growth: tuple[float, ...]
-    check: Check | None
+    growth: tuple[float, ...]  # the largest norm of the adjoint, in that at the end, of each training
+    check: Check | None  # predicted and true changes, where they were asked for
 
 
 class MAGIC(SmoothTraining, Estimator):
@@ -94,7 +85,6 @@ class MAGIC(SmoothTraining, Estimator):
     record: str | None = later(None)
 
     def model_post_init(self, context: object) -> None:
-        """Refuse what does not go together."""
         super().model_post_init(context)
         ours = ("epochs", "learning_rate", "warmup_ratio", "eps_root", "fraction", "seeds")
         changed = [name for name in ours if getattr(self, name) != type(self).model_fields[name].default]

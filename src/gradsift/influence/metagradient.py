@@ -53,13 +53,8 @@ class Adam:
         return State(theta, exp_avg, exp_avg_sq, state.step + 1)
 
     def back(self, adjoint: Adjoint, state: State, gradient: Tensor, rate: float) -> tuple[Tensor, Adjoint]:
-        """One step backwards.
-
-        Args:
-            adjoint: of the state after the step.
-            state: before the step.
-            gradient: of the step's loss there, before clipping `[parameter]`.
-            rate: of the step.
+        """One step backwards, from the adjoint of the state after it; `gradient` is of the step's loss, before
+        clipping.
 
         Returns:
             q `[target parameter]`, with which F changes by ⟨q, dĝ⟩ where the loss's gradient changes by dĝ; and the
@@ -133,10 +128,7 @@ class Reverse:
     Args:
         losses: ℓ `[row]`, in a graph to the parameters that can be differentiated twice.
         shares: s, what each row's loss counts for, `[row]`; 0 for one that rides along.
-        parameters: θ, as one vector or in parts.
-
-    Attributes:
-        gradient: ∇ Σ_i s_i·ℓ_i(θ), `[parameter]`.
+        parameters: θ, as one vector or in parts, of which `gradient` is ∇ Σ_i s_i·ℓ_i(θ), `[parameter]`.
     """
 
     def __init__(self, losses: Tensor, shares: Tensor, parameters: SequenceABC[Tensor]) -> None:
@@ -149,10 +141,8 @@ class Reverse:
         self.gradient = flat(self._gradients)
 
     def along(self, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """What each row adds along directions q `[target parameter]`, and how that changes with θ; once.
-
-        Returns:
-            ⟨q, ∇ℓ_i⟩ `[target row]`, and ∇_θ⟨q, ∇ Σ_i s_i·ℓ_i⟩ `[target parameter]`.
+        """⟨q, ∇ℓ_i⟩ `[target row]` along directions q `[target parameter]`, and how it changes with θ, ∇_θ⟨q, ∇ Σ_i
+        s_i·ℓ_i⟩ `[target parameter]`; to be asked for once.
         """
         terms, products = [], []
         for number, direction in enumerate(directions, 1):
@@ -204,17 +194,12 @@ def metagradient(
         start: θ_0 `[parameter]`, float32 or float64.
         batches: of each step the rows that it trains on, int64 `[row]`; one that stands twice counts twice.
         lr: the learning rate of each step.
-        betas: β1, β2 of Adam.
-        eps: ε outside Adam's root.
-        eps_root: ε under it.
-        weight_decay: AdamW's, times the learning rate.
-        max_grad_norm: gradients of a larger 2-norm are scaled down to it.
+        betas, eps, eps_root, weight_decay, max_grad_norm: as in `Adam`.
         weights: w, at which the derivative is taken, `[row]`; 1 by default.
         riders: of each step, rows that ride along with weight 0: the batch is divided by its own length alone.
 
     Returns:
-        `[row]`, or `[target row]`, for the rows from 0 to the largest that batches and riders name, 0 for those between
-        that they do not name.
+        `[row]`, or `[target row]`, for the rows from 0 to the largest that batches and riders name; 0 if it is in none.
 
     Raises:
         ConfigError: no step, an empty batch, an ε or a norm out of its range.

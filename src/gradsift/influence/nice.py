@@ -126,7 +126,6 @@ class PolicyEstimator(ProductEstimator):
         return []
 
     def targets(self, pool: Pool, target: Target) -> PolicyTargets:
-        """The policy gradients of each checkpoint."""
         if not isinstance(target, PromptTarget):
             raise no_reward(self)
         target.check_reward()
@@ -138,11 +137,10 @@ class PolicyEstimator(ProductEstimator):
         self.sampled(pool, target)
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """As `ProductEstimator`, of what `ready` has sampled and rewarded."""
+        """That of the policy gradients, after all is sampled and rewarded."""
         assert target is not None, self
         targets = self.sampled(pool, target)
-        ids, matrix, stores = self.matrix(pool, targets)
-        return targets.told(Influence(ids, matrix.numpy(), identity={"stores": stores}))
+        return targets.told(self.of(pool, targets))
 
     def sampled(self, pool: Pool, target: Target) -> PolicyTargets:
         """The targets once all of every checkpoint is sampled and rewarded."""

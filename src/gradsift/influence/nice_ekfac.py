@@ -8,7 +8,7 @@ from gradsift.base.lazy import Tensor
 from gradsift.context import Pool, Target
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.ekfac import EKFAC, Directions
-from gradsift.influence.estimator import Influence, Passes, Targets
+from gradsift.influence.estimator import Passes, Targets
 from gradsift.influence.nice import PolicyEstimator, PolicyTargets, policy_label
 from gradsift.influence.prompts import PromptTarget
 from gradsift.warmup.checkpoint import Checkpoint
@@ -31,11 +31,7 @@ class NICEEKFAC(EKFAC, PolicyEstimator):
         own = super().label.removeprefix("EK-FAC").strip(" ()")
         return policy_label("NICE-EK-FAC", self, [own] * bool(own))
 
-    def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """As EK-FAC's, after all is sampled and rewarded."""
-        assert target is not None, self
-        targets = self.sampled(pool, target)
-        return targets.told(self.of(pool, targets))
+    influence = PolicyEstimator.influence
 
     def sample_directions(self, pool: Pool, source: SequenceSource, checkpoint: Checkpoint, rows: Tensor) -> Tensor:
         """EK-FAC's, without conjugate gradients, of which every sample would cost as many as a target."""

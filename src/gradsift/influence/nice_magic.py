@@ -32,7 +32,6 @@ class NICEMAGIC(MAGIC, PolicyEstimator):
     kind: Literal["nice_magic"] = "nice_magic"  # type: ignore[assignment]
 
     def model_post_init(self, context: object) -> None:
-        """Refuse what does not go together."""
         super().model_post_init(context)
         if self.server is not None:
             raise ConfigError(
@@ -46,7 +45,6 @@ class NICEMAGIC(MAGIC, PolicyEstimator):
         return policy_label("NICE-MAGIC", self, [own] * bool(own))
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """As MAGIC's, with what the responses earned."""
         assert target is not None, self
         targets = self.targets(pool, target)
         found = targets.told(self.gone_back(pool, target, targets))

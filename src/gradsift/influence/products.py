@@ -84,18 +84,18 @@ def store_inner_products(
     stop: int | None = None,
     device: str = "cpu",
 ) -> Tensor:
-    """Inner products of every stored row with every query, float32 `[row query]`, block by block from the map.
+    """Inner products of every stored row with every query `[query dim]`, float32 `[row query]`, block by block from the
+    map.
 
     The store is read once and never held: each block of rows is converted into a reused fp32 buffer small enough to
     stay in the cache, which one matrix product then reads. Every thread has rows of its own and one buffer, because
-    threads that share blocks this small would spend their time waiting for each other.
+    threads that share blocks this small would spend their time waiting for each other. Products on a GPU agree with the
+    CPU's within rounding.
 
     Args:
-        queries: `[query dim]`.
         normalise: divide by the rows' and the queries' norms.
         weight: factor of the products.
         start, stop: rows [start, stop) of the store alone.
-        device: to multiply on; products on a GPU agree with the CPU's within rounding.
     """
     stop = len(store) if stop is None else stop
     asked = Queries((unit_rows(queries) if normalise else queries).to(torch.float32).contiguous(), device)

@@ -40,16 +40,11 @@ Rewards = dict[tuple[str, int], float]
 
 @dataclass(frozen=True)
 class Earned:
-    """What responses earned.
+    """What responses earned."""
 
-    values:   reward by `Response.key`
-    problems: responses without a reward, and why
-    usage:    what a judge's answers consumed this time; None where none was asked
-    """
-
-    values: Rewards = field(repr=False)
-    problems: tuple[Problem, ...] = ()
-    usage: Usage | None = None
+    values: Rewards = field(repr=False)  # reward by `Response.key`
+    problems: tuple[Problem, ...] = ()  # responses without a reward, and why
+    usage: Usage | None = None  # what a judge's answers consumed this time; None where none was asked
 
 
 @dataclass(frozen=True)
@@ -69,6 +64,20 @@ class PromptTarget(Target):
     judge: Endpoint | Chat | None = None
     drawn: dict[tuple[str, int], Samples] = field(default_factory=dict, init=False, repr=False, compare=False)
     earned: dict[tuple[str, int], Earned] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def labelled(self) -> PromptTarget:
+        """Those with an answer to learn; all where none has one."""
+        known = set(() if self.labels is None else self.labels.ids)
+        kept = [place for place, id_ in enumerate(self.data.ids) if id_ in known]
+        if len(kept) in (0, len(self.data)):
+            return self
+        examples, prompt_ids = self.data.examples, self.data.prompt_ids
+        own: dict[str, Any] = {
+            "examples": tuple(examples[n] for n in kept), "prompt_ids": tuple(prompt_ids[n] for n in kept)
+        }  # fmt: skip
+        subtasks = None if self.subtasks is None else tuple(self.subtasks[n] for n in kept)
+        return replace(self, data=replace(self.data, **own), subtasks=subtasks)
 
     def check_reward(self) -> None:
         """Refuse a reward that cannot be computed for these prompts, before anything heavy is done for it.

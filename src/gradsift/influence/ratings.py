@@ -23,8 +23,8 @@ from gradsift.context import Pool, Target
 from gradsift.execution.chunks import in_chunks
 from gradsift.execution.threads import in_order
 from gradsift.generation.endpoint import Client, Endpoint
-from gradsift.gradients.losses import row_losses
 from gradsift.influence.estimator import Estimator, Influence
+from gradsift.model.losses import row_losses
 from gradsift.model.models import host, model_identity
 from gradsift.rewards.function import function_identity, in_words, load_function, stdout_to_stderr
 from gradsift.rewards.judge import JudgeSettings, Unreadable, question_of, transcript
@@ -135,7 +135,6 @@ class RatedEstimator(Estimator):
         check_raters(self)
 
     def influence(self, pool: Pool, target: Target | None) -> Influence:
-        """The ratings, asked for where the run does not hold them."""
         found = rate(pool, self)
         return Influence(
             found.ids,

@@ -112,16 +112,13 @@ def to_step(share: float, towards: Literal["nearest", "below", "above"] = "neare
 
 @dataclass(frozen=True)
 class Strata:
-    """Which units are drawn from which others, and what a score is the mean of.
+    """Which units are drawn from which others, and what a score is the mean of."""
 
-    labels: of each unit, its stratum
-    outputs: weights of the units in each output, float64 [output unit], alike within a stratum; a row's score is its
-        largest output
-    contents: of each unit, what it is; one that was given several times is drawn as one. Empty: all differ
-    """
-
-    labels: tuple[Hashable, ...]
+    labels: tuple[Hashable, ...]  # of each unit, its stratum
+    # Weights of the units in each output, float64 [output unit], alike within a stratum; a row's score is its largest
+    # output.
     outputs: Tensor
+    # Of each unit, what it is; one that was given several times is drawn as one. Empty: all differ.
     contents: tuple[Hashable, ...] = ()
 
     @classmethod
@@ -225,16 +222,11 @@ def noise_dimensions(noise: Tensor, freedom: float) -> float:
 
 @dataclass(frozen=True)
 class Looked:
-    """The rows of a pool that new rankings are computed for: all of a small pool, else some of it and the chosen.
+    """The rows of a pool that new rankings are computed for: all of a small pool, else some of it and the chosen."""
 
-    ids:     theirs
-    sampled: places of those that stand for the pool
-    pool:    how many rows there are in all
-    """
-
-    ids: tuple[str, ...]
-    sampled: tuple[int, ...]
-    pool: int
+    ids: tuple[str, ...]  # theirs
+    sampled: tuple[int, ...]  # places of those that stand for the pool
+    pool: int  # how many rows there are in all
 
     @classmethod
     def at(cls, ids: Sequence[str], chosen: Sequence[str] = (), *, outputs: int = 1) -> Looked:
@@ -250,18 +242,12 @@ class Looked:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is asked of the rows that were chosen: how often a new ranking would choose them again.
+    """What is asked of the rows that were chosen: how often a new ranking would choose them again."""
 
-    rows:  their places among the rows that new rankings are of
-    count: how many the choice takes of the whole pool
-    bonus: what is added to every row's score before the highest are taken [row], or None
-    least: no row is chosen that scores below it
-    """
-
-    rows: tuple[int, ...]
-    count: int
-    bonus: Tensor | None = None
-    least: float | None = None
+    rows: tuple[int, ...]  # their places among the rows that new rankings are of
+    count: int  # how many the choice takes of the whole pool
+    bonus: Tensor | None = None  # what is added to every row's score before the highest are taken [row], or None
+    least: float | None = None  # no row is chosen that scores below it
 
 
 def reliability_of(

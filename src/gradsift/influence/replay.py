@@ -20,18 +20,16 @@ from gradsift.base.errors import CorruptError, ModelError, NonFiniteError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.progress import Reporter
 from gradsift.base.types import Sequence
+from gradsift.context import Pool
 from gradsift.data.dataset import Dataset
-from gradsift.data.pairs import Pairs
-from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.influence.metagradient import Adam, Adjoint, Reverse, State, flat, in_parts
+from gradsift.model.batching import automatic_token_budget, form_batches
 from gradsift.model.loss import DPO, PaddedBatch, SupervisedHead, head_at, pad
-from gradsift.model.models import DtypeName
 from gradsift.store.manifest import Record as ManifestRecord
 from gradsift.store.manifest import fingerprint, read_if_whole
 from gradsift.store.run import Run
 from gradsift.store.tensors import publish_tensors, read_tensors
 from gradsift.warmup.checkpoint import Checkpoint
-from gradsift.warmup.preferences import referred
 from gradsift.warmup.train import publish_adapter
 
 _SAVE_SECONDS = 20.0  # the work that a killed way back loses at most
@@ -45,27 +43,23 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Record(ABC):
-    """All that a training's numbers depend on beside its model and data: what it can be taken again from.
-
-    batches:  of each step the rows that it trains on, as positions in the data; what is not there has the next one
-    rates:    of each step
-    riders:   of each step the rows that ride along, whose weight is 0
-    """
+    """All that a training's numbers depend on beside its model and data: what it can be taken again from."""
 
     optimizer: Adam
+    # Of each step the rows that it trains on, as positions in the data; what is not there has the next one.
     batches: tuple[Positions, ...] = field(repr=False)
-    rates: tuple[float, ...] = field(repr=False)
-    riders: tuple[Positions, ...] = field(repr=False)
+    rates: tuple[float, ...] = field(repr=False)  # of each step
+    riders: tuple[Positions, ...] = field(repr=False)  # of each step the rows that ride along, whose weight is 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     @abstractmethod
-    def config(self, data: Dataset, model: str, dtype: DtypeName) -> dict[str, Any]:
+    def config(self, pool: Pool) -> dict[str, Any]:
         """What the training depends on; JSON-able, without the riders, who change nothing."""
 
     @abstractmethod
-    def adapted(self, model: str, dtype: DtypeName, device: str) -> AbstractContextManager[Any]:
+    def adapted(self, pool: Pool) -> AbstractContextManager[Any]:
         """The model with the adapter as the training begins, whose parameters alone require gradients."""
 
     def sequences(self, step: int, data: Dataset) -> list[Sequence]:
@@ -117,11 +111,7 @@ class Network:
     ) -> tuple[Tensor, Tensor]:
         """∇ Σ_i share_i·ℓ_i(θ), `[parameter]`, and ℓ_i, float64 `[row]`, 0 where the share is.
 
-        Args:
-            theta: `[parameter]`.
-            sequences: of rows that count from 0; ℓ_i is the sum over those of row i, or what `dpo` makes of it.
-            shares: `[row]`.
-            dpo: of the rows.
+        Rows count from 0 in the sequences; ℓ_i is the sum over those of row i, or what `dpo`, of the rows, makes of it.
         """
         self._load(theta)
         total, losses = torch.zeros_like(theta), torch.zeros(len(shares), dtype=torch.float64)
@@ -213,9 +203,7 @@ class Network:
         self, sequences: SequenceABC[Sequence], budget: int, dpo: DPO | None = None
     ) -> Iterator[tuple[PaddedBatch, Tensor]]:
         """Batches, and the row of each of their sequences; with `dpo` a pair is never divided."""
-        if dpo is not None:
-            budget = max(budget, 2 * max((len(sequence.token_ids) for sequence in sequences), default=0))
-        for batch in form_batches(sequences, budget):
+        for batch in form_batches(sequences, budget, whole=dpo is not None):
             rows = torch.tensor([sequence.row for sequence in batch.sequences], device=self._device)
             yield pad(batch.sequences, self._device), rows
 
@@ -249,16 +237,12 @@ def _twice_differentiable() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Returned:
-    """What a way back found.
+    """What a way back found."""
 
-    change: ∂F/∂w_i of each target and row of the data, float64 `[target row]`
-    norms:  ‖μ_θ‖ before each step and after the last, of the target where it is largest: `[step + 1]`
-    rates:  of each step
-    """
-
-    change: NDArray[np.float64]
+    change: NDArray[np.float64]  # ∂F/∂w_i of each target and row of the data, float64 `[target row]`
+    # ‖μ_θ‖ before each step and after the last, of the target where it is largest, `[step + 1]`.
     norms: NDArray[np.float64]
-    rates: tuple[float, ...]
+    rates: tuple[float, ...]  # of each step
 
     @property
     def felt(self) -> NDArray[np.float64]:
@@ -313,39 +297,24 @@ class _KeptLosses(ManifestRecord):
 
 
 class Replay:
-    """A recorded training in a run folder: taken once, and gone back through for any targets.
+    """A recorded training on a pool's training rows, in its run folder: taken once, and gone back through for any
+    targets.
 
-    Of the states (θ, m, v) every √T-th is kept, and all gradients where they fit the budget: from them the states
-    between are computed to the same bits without the model. Where they do not fit, these steps are taken again. What is
-    interrupted goes on from the last step that was kept.
-
-    Args:
-        run, data, model, dtype, device: as of the pool.
-        record: the training.
-        budget: bytes that may be kept on disk for it.
-        reporter: where progress goes.
-        what: the word for this training in messages.
+    Of the states (θ, m, v) every √T-th is kept, and all gradients where they fit the memory (GiB on disk): from them
+    the states between are computed to the same bits without the model. Where they do not fit, these steps are taken
+    again. What is interrupted goes on from the last step that was kept. `what` is the word for this training in
+    messages.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        data: Dataset,
-        record: Record,
-        *,
-        model: str,
-        dtype: DtypeName,
-        device: str,
-        budget: float,
-        reporter: Reporter,
-        what: str = "MAGIC's training",
-    ) -> None:
-        self.run, self.data, self.record, self.reporter, self.what = run, data, record, reporter, what
-        self._model, self._dtype, self._device, self._budget = model, dtype, device, budget
-        self.config = record.config(data, model, dtype)
-        self.prefix = run.prefix("replays", self.config)
+    def __init__(self, pool: Pool, record: Record, *, memory: float, what: str = "MAGIC's training") -> None:
+        self.run, self.data, self.record, self.reporter, self.what = (
+            pool.run, pool.training, record, pool.reporter, what
+        )  # fmt: skip
+        self._pool, self._budget = pool, memory * 2**30
+        self.config = record.config(pool)
+        self.prefix = pool.run.prefix("replays", self.config)
         # Of the data, and one for all that is trained on beside them.
-        self._rows = max(len(data), 1 + max(int(batch.max()) for batch in record.batches))
+        self._rows = max(len(self.data), 1 + max(int(batch.max()) for batch in record.batches))
         self._stride = math.isqrt(len(record) - 1) + 1
         self._riders = fingerprint([beside.tolist() for beside in record.riders])
 
@@ -382,10 +351,8 @@ class Replay:
     @contextmanager
     def network(self) -> Iterator[Network]:
         """The model with the adapter as the training begins."""
-        if isinstance(self.data, Pairs):
-            place: dict[str, Any] = {"model": self._model, "dtype": self._dtype, "device": self._device}
-            self.data = referred(self.run, self.data, **place, reporter=self.reporter)
-        with self.record.adapted(self._model, self._dtype, self._device) as model, head_at(model) as head:
+        self.data = self._pool.referred(self.data)
+        with self.record.adapted(self._pool) as model, head_at(model) as head:
             model.eval()
             yield Network(model, head)
 
@@ -417,12 +384,8 @@ class Replay:
         return self.published
 
     def back(self, network: Network, note: str, gradients: Callable[[Tensor], Tensor]) -> Returned:
-        """Go back through the training.
-
-        Args:
-            network: of this training.
-            note: names the targets, among all that are asked of this training.
-            gradients: of θ_T: the gradients of the targets' losses there, `[target parameter]`.
+        """Go back through the training of this network. The note names the targets, among all that are asked of it;
+        `gradients` gives those of the targets' losses at θ_T, `[target parameter]`.
 
         Raises:
             ModelError: a step's losses are not those of the training.

@@ -235,18 +235,12 @@ class Rerank(Estimator):
 
 @dataclass(frozen=True)
 class _Scored:
-    """The second method's scores of the first candidates, which lie in one file that grows by parts.
+    """The second method's scores of the first candidates, which lie in one file that grows by parts."""
 
-    count:      of the candidates, how many were given to it
-    places:     of those that it could rate, among the candidates
-    matrix:     float32 `[place target]`
-    identities: of the parts, as in `Influence`
-    """
-
-    count: int
-    places: tuple[int, ...]
-    matrix: Tensor
-    identities: tuple[dict[str, Any], ...]
+    count: int  # of the candidates, how many were given to it
+    places: tuple[int, ...]  # of those that it could rate, among the candidates
+    matrix: Tensor  # float32 `[place target]`
+    identities: tuple[dict[str, Any], ...]  # of the parts, as in `Influence`
 
     @classmethod
     def of(cls, run: Run, key: str) -> _Scored:

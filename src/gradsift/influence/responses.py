@@ -26,33 +26,22 @@ class RewardedResponse:
 
 @dataclass(frozen=True)
 class PromptResponses:
-    """The best and the worst responses to one prompt.
-
-    count:  responses that have a reward
-    mean:   of their rewards, None where there is none
-    signal: whether any of them has a weight
-    best:   best first; where all earn the same, the first ones drawn
-    worst:  worst first; none of `best`
-    """
+    """The best and the worst responses to one prompt."""
 
     id: str
-    count: int
-    mean: float | None
-    signal: bool
-    best: tuple[RewardedResponse, ...]
-    worst: tuple[RewardedResponse, ...]
+    count: int  # responses that have a reward
+    mean: float | None  # of their rewards, None where there is none
+    signal: bool  # whether any of them has a weight
+    best: tuple[RewardedResponse, ...]  # best first; where all earn the same, the first ones drawn
+    worst: tuple[RewardedResponse, ...]  # worst first; none of `best`
 
 
 @dataclass(frozen=True)
 class SampledResponses:
-    """What the responses behind a ranking are like.
+    """What the responses behind a ranking are like."""
 
-    rewards: of all responses, float64 `[response]` for each checkpoint
-    prompts: best and worst responses to each prompt, at the last checkpoint
-    """
-
-    rewards: tuple[NDArray[np.float64], ...] = field(repr=False)
-    prompts: tuple[PromptResponses, ...] = field(repr=False)
+    rewards: tuple[NDArray[np.float64], ...] = field(repr=False)  # of all responses, `[response]` for each checkpoint
+    prompts: tuple[PromptResponses, ...] = field(repr=False)  # their best and worst, at the last checkpoint
 
 
 def sampled_responses(targets: PolicyTargets, *, each: int = 2) -> SampledResponses:

@@ -17,14 +17,13 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Gibibytes, Settings
 from gradsift.base.types import Sequence
 from gradsift.context import Pool
-from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.gradients.collect import SequenceSource
-from gradsift.gradients.losses import row_losses
 from gradsift.influence.metagradient import Adam
 from gradsift.influence.replay import Network, Positions, Record, Replay
 from gradsift.model.loss import DPO
-from gradsift.model.models import DtypeName, host
+from gradsift.model.losses import row_losses
+from gradsift.model.models import host
 from gradsift.store.manifest import fingerprint
 from gradsift.warmup.train import Training, effective_batch_size, epoch_order, train, training_config
 
@@ -77,54 +76,41 @@ class SmoothTraining(Settings):
 
     def replay(self, pool: Pool, ids: SequenceABC[str], beside: SequenceABC[str], *, seed: int, what: str) -> Replay:
         """A training on some rows, sorted by their ids, while others ride along; nothing is trained yet."""
-        rows = pool.training
-        own, others = rows.positions(ids), rows.positions(beside)
+        own, others = pool.training.positions(ids), pool.training.positions(beside)
         record = recorded(self.training(pool), own, others, seed=seed, eps_root=self.eps_root)
-        return Replay(
-            pool.run, rows, record, model=pool.model, dtype=pool.dtype, device=pool.device,
-            budget=self.memory * 2**30, reporter=pool.reporter, what=what,
-        )  # fmt: skip
+        return Replay(pool, record, memory=self.memory, what=what)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothRecord(Record):
-    """A training of `gradsift train`.
+    """A training of `gradsift train`."""
 
-    training: of the adapter, without dropout
-    seed:     of the adapter's A matrices
-    """
+    training: Training  # of the adapter, without dropout
+    seed: int  # of the adapter's A matrices
 
-    training: Training
-    seed: int
-
-    def config(self, data: Dataset, model: str, dtype: DtypeName) -> dict[str, Any]:
-        """That of the training, and its steps."""
+    def config(self, pool: Pool) -> dict[str, Any]:
+        data = pool.training
         ids = [data.ids[int(row)] for row in np.unique(np.concatenate(self.batches))]
         return {
-            **training_config(data, ids, self.training, model=model, dtype=dtype, seed=self.seed),
+            **training_config(data, ids, self.training, model=pool.model, dtype=pool.dtype, seed=self.seed),
             "optimizer": asdict(self.optimizer) | {"betas": list(self.optimizer.betas)},
             "batches": fingerprint([batch.tolist() for batch in self.batches]),
             "rates": list(self.rates),
         }
 
-    def adapted(self, model: str, dtype: DtypeName, device: str) -> AbstractContextManager[Any]:
-        """A fresh adapter."""
+    def adapted(self, pool: Pool) -> AbstractContextManager[Any]:
         from gradsift.warmup.trainer import adapter_on
 
-        return adapter_on(host(model, dtype, device).base(), self.training, self.seed)
+        return adapter_on(host(pool.model, pool.dtype, pool.device).base(), self.training, self.seed)
 
 
 def recorded(
     training: Training, trained: SequenceABC[int], beside: SequenceABC[int], *, seed: int, eps_root: float
 ) -> Record:
-    """The training that `gradsift train` would do, step by step.
+    """The training that `gradsift train` would do without dropout, step by step, by a seed of the adapter and every
+    order.
 
-    Args:
-        training: without dropout.
-        trained: positions of the rows that it trains on, sorted by their ids.
-        beside: of those that ride along, each once an epoch.
-        seed: of the adapter and of every order.
-        eps_root: of Adam.
+    `trained` are positions of rows, sorted by their ids; those `beside` ride along, each once an epoch.
     """
     from gradsift.warmup.trainer import learning_rates
 
@@ -145,12 +131,9 @@ def recorded(
 
 
 class Ending:
-    """The targets' losses at the end of a training: a mean for each group.
+    """The targets' losses at the end of a training: a mean for each group, by the number of each target's, `[target]`.
 
-    Args:
-        source: of the targets' sequences.
-        groups: the number of each target's group, `[target]`, from 0.
-        rows: which of the targets alone count, ascending; all by default. Groups without any are no groups.
+    `rows`, ascending, are the targets that alone count, all by default; groups without any are no groups.
     """
 
     def __init__(

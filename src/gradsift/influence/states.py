@@ -18,10 +18,10 @@ from gradsift.base.progress import Advance
 from gradsift.base.types import Sequence, Skipped
 from gradsift.context import Pool, Target
 from gradsift.data.rows import single_answers
-from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.aggregate import Aggregation
 from gradsift.influence.estimator import Estimator, Influence, Passes, refuse_too_many
+from gradsift.model.batching import automatic_token_budget, form_batches
 from gradsift.model.loss import head_at, pad
 from gradsift.model.models import DtypeName, host, model_identity
 from gradsift.store.run import revisions
@@ -51,7 +51,7 @@ class _OfStates(Estimator):
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))
-        both = map(single_answers, (pool.data, target.data))
+        both = map(single_answers, (pool.data, self.targets(pool, target)))
         rows, queries = (states(pool, data, self._at(pool), *self.pooled()) for data in both)
         finite = np.isfinite(rows).all(axis=1)
         ids = list(pool.data.ids)
@@ -76,7 +76,7 @@ class _OfStates(Estimator):
         at = None if self.checkpoint == "base" else checkpoints()[-1]
         known = self.checkpoint == "base" or at is not None
         found = []
-        for data in map(single_answers, (pool.data, target.data)):
+        for data in map(single_answers, (pool.data, self.targets(pool, target))):
             config = _config(pool, at, *self.pooled()) | {"data": data.fingerprint}
             kept = known and pool.run.manifest(pool.run.prefix("states", config))
             tokens = float(sum(data.token_counts()))
@@ -105,7 +105,6 @@ class RDSPlus(_OfStates):
         return "RDS+" if self.checkpoint == "base" else "RDS+ (last checkpoint)"
 
     def pooled(self) -> tuple[Pooling, int]:
-        """All tokens of the last layer."""
         return "position_weighted", -1
 
 
@@ -130,7 +129,6 @@ class RepSim(_OfStates):
         return f"Rep-Sim ({', '.join(parts)})" if parts else "Rep-Sim"
 
     def pooled(self) -> tuple[Pooling, int]:
-        """As `tokens` and `layer` say."""
         return ("last_prompt_token" if self.tokens == "last_prompt" else "answer_mean"), self.layer
 
 

@@ -28,18 +28,13 @@ _SHOWN = 50
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What to do with a pair: below 0 its score says that it harms the target.
-
-    score:   its own: what training on it does
-    turned:  its score with the rejected answer preferred; None where that is not known
-    margin:  of its answers at the last checkpoint, as `Preferences` has it; None where no checkpoint is read
-    """
+    """What to do with a pair: below 0 its score says that it harms the target."""
 
     id: str
     suggestion: Literal["drop", "flip"]
-    score: float
-    turned: float | None
-    margin: float | None
+    score: float  # its own: what training on it does
+    turned: float | None  # its score with the rejected answer preferred; None where that is not known
+    margin: float | None  # of its answers at the last checkpoint, as in `Preferences`; None where no checkpoint is read
 
     def columns(self) -> dict[str, Any]:
         """What its row gets."""

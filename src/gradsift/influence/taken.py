@@ -21,7 +21,7 @@ from gradsift.data.pairs import Pairs
 from gradsift.influence.metagradient import Adam, State, flat, in_parts
 from gradsift.influence.replay import Network, Positions, Record, Replay
 from gradsift.model.loss import DPO, label_weights, supervised_count, token_mean
-from gradsift.model.models import DtypeName, host, model_identity, parameter_name
+from gradsift.model.models import host, model_identity, parameter_name
 from gradsift.store.manifest import reading
 from gradsift.warmup.recording import Recording, open_recording
 
@@ -32,28 +32,23 @@ _WHOLE = 5e-3  # how far from 1 the weights of a step's labels may add up to, wh
 
 @dataclass(frozen=True, kw_only=True)
 class TakenRecord(Record):
-    """Of a recording. The rows are those that the trainer saw, its labels included.
+    """Of a recording. The rows are those that the trainer saw, its labels included."""
 
-    recording: of the training
-    outside:   how many of its rows are not in the pool
-    """
+    recording: Recording  # of the training
+    outside: int  # how many of its rows are not in the pool
 
-    recording: Recording
-    outside: int
-
-    def config(self, data: Dataset, model: str, dtype: DtypeName) -> dict[str, Any]:
+    def config(self, pool: Pool) -> dict[str, Any]:
         """The recording, which has its own data."""
         return {
-            "model": model_identity(model),
-            "model_dtype": dtype,
-            "data": data.fingerprint,
+            "model": model_identity(pool.model),
+            "model_dtype": pool.dtype,
+            "data": pool.training.fingerprint,
             "recording": self.recording.fingerprint,
         }
 
     @contextmanager
-    def adapted(self, model: str, dtype: DtypeName, device: str) -> Iterator[Any]:
-        """The adapter that the trainer began with."""
-        one = host(model, dtype, device)
+    def adapted(self, pool: Pool) -> Iterator[Any]:
+        one = host(pool.model, pool.dtype, pool.device)
         network = one.with_adapter(self.recording.start)
         try:
             wanted = set(self.recording.info["parameters"])
@@ -71,7 +66,6 @@ class TakenRecord(Record):
 
     @property
     def warning(self) -> str | None:
-        """Rows that the pool does not have."""
         if not self.outside:
             return None
         return (
@@ -129,12 +123,9 @@ class TakenRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class TakenPairs(TakenRecord):
-    """Of a recording of TRL's DPOTrainer, whose batches have the chosen answers before the rejected ones.
+    """Of a recording of TRL's DPOTrainer, whose batches have the chosen answers before the rejected ones."""
 
-    beta: of the loss
-    """
-
-    beta: float
+    beta: float  # of the loss
     _references: dict[int, NDArray[np.float64]] = field(default_factory=dict, repr=False)
 
     def sequences(self, step: int, data: Dataset) -> list[Sequence]:
@@ -147,12 +138,10 @@ class TakenPairs(TakenRecord):
         ]
 
     def shares(self, step: int) -> Tensor:
-        """As recorded."""
         own = self.recording.shares[step]
         return torch.from_numpy(own[own > 0])
 
     def rider_shares(self, step: int, data: Dataset) -> Tensor:
-        """The mean one."""
         return self.shares(step).mean().expand(len(self.riders[step]))
 
     def dpo(self, step: int, data: Dataset, network: Network) -> DPO:
@@ -224,11 +213,7 @@ def taken(pool: Pool, folder: str, overlap: Collection[str], *, memory: float, w
         "riders": tuple(riders), "outside": sum(place == len(rows) for place in places.values()),
     }  # fmt: skip
     record = TakenRecord(**options) if beta is None else TakenPairs(**options, beta=beta)
-    replay = Replay(
-        pool.run, rows, record, model=pool.model, dtype=pool.dtype, device=pool.device, budget=memory * 2**30,
-        reporter=pool.reporter, what=what,
-    )  # fmt: skip
-    return replay, sorted(trained)
+    return Replay(pool, record, memory=memory, what=what), sorted(trained)
 
 
 def _places(

@@ -81,13 +81,14 @@ def trak_scores(
 ) -> Tensor:
     """Influence of every pool example on every target's margin: higher means that training on it helps more.
 
-    The margin of an example with mean loss L is f = log(p/(1−p)), p = exp(−L), and its gradient is
-    `∇f = −∇L/(1−p)`: the loss's gradient, rescaled. With Φ the margin gradients of the pool and φ a target's,
+    The margin of an example with mean loss L is f = log(p/(1−p)), p = exp(−L), and its gradient is `∇f = −∇L/(1−p)`:
+    the loss's gradient, rescaled. With Φ the margin gradients of the pool and φ a target's,
 
         S = mean_e(1 − p_e) · mean_e( Φ_e (Φ_eᵀΦ_e/n + λI)⁻¹ φ_e )
 
     over checkpoints e, for the weights and the kernel each on its own (Park et al. 2023, algorithm 1, without the soft
-    threshold; λ and 1/n are ours, and 1/n changes the unit only). 1 − p is taken as at least 1e-6.
+    threshold; λ and 1/n are ours, and 1/n changes the unit only). 1 − p is taken as at least 1e-6. Scores are [pool
+    target], in margin per unit of weight, fp32 or better, on the device of `pool`; computed in fp64.
 
     Args:
         pool, target: per checkpoint the plain gradients of mean losses, [pool dim] and [target dim].
@@ -95,9 +96,6 @@ def trak_scores(
         damping: λ, in squared units of the margin's gradients; `auto` is a tenth of their mean squared coordinate,
             for each checkpoint and segment.
         segments: sizes of the kernel's diagonal blocks, which add up to dim; None is one block.
-
-    Returns:
-        Scores [pool target], in margin per unit of weight, fp32 or better, on the device of `pool`; computed in fp64.
 
     Example:
         >>> pool, loss = torch.tensor([[2.0, 0.0], [-1.0, 0.0]]), torch.tensor([0.7, 0.7])

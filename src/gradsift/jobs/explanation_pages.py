@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-import numpy as np
-
 from gradsift.base.errors import CorruptError
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.page import explanation_page, side_by_side
@@ -33,25 +31,21 @@ from gradsift.report.blocks import (
     Block,
     Cell,
     Chart,
-    Choice,
     Column,
     Example,
     Examples,
     Facts,
     Fold,
     Group,
-    Legend,
     Line,
     Page,
     Point,
     Row,
     Section,
-    Switch,
     Table,
     Text,
     columns,
 )
-from gradsift.report.charts import finite
 from gradsift.store.manifest import versions
 from gradsift.store.run import Run
 from gradsift.validation.statistics import ScoreBin
@@ -124,11 +118,6 @@ def relevance_page(
     facts: Mapping[str, str] | None = None,
 ) -> Page:
     """The page of a target file: tables of relevance as in Compact, Table 1, one for each estimator."""
-    values: dict[tuple[str, str, int], list[float]] = {}
-    for entry in explanations.entries:
-        for found in entry.results:
-            own = values.setdefault((found.estimator, found.strategy, found.k), [])
-            own.append(entry.relevance_of(found, table.how).db)
     warnings = [f"{len(explanations.failed)} outputs could not be explained"] if explanations.failed else []
     capped = sum(summary.capped for row in table.rows for summary in row.by_budget.values())
     if capped:
@@ -151,11 +140,10 @@ def relevance_page(
             Section(
                 "relevance",
                 "Relevance of each strategy's choices",
-                (Text(said), *relevance_blocks(table, above=False)),
+                (Text(said), *relevance_blocks(table)),
                 "Relevance",
             ),
             Section("gains", "What re-ranking gains", gain_blocks(table), "Gains"),
-            Section("spread", "Distribution over outputs", spread_blocks(table, values), "Distribution"),
             Section("extremes", "Best and worst choices", _extremes(explanations, table, paged), "Extremes"),
             Section("coefficients", "Coefficients", coefficient_blocks(table)),
             Section("validation", "Does relevance foretell training?", checked, "Validation"),
@@ -196,43 +184,6 @@ def _extremes(explanations: Explanations, table: RelevanceTable, links: dict[str
         inside = side_by_side(entry.results, found, explanations.pool.data)
         sides += [Fold(title, (Text(said, "aside"), *inside))] if inside else []
     return (*extreme_blocks(table, links), *sides)
-
-
-def spread_blocks(table: RelevanceTable, values: Mapping[tuple[str, str, int], Sequence[float]]) -> tuple[Block, ...]:
-    """Where outputs lie under each budget, a row for each strategy; `values` are dB by estimator, strategy and k."""
-    blocks: list[Block] = [
-        Legend((("thin", "one output"), ("box", "middle half"), ("stroke", "median"), ("zero", "0 dB"))),
-        Switch("k", "examples", tuple((str(k), str(k)) for k in table.budgets), str(table.sorted_at)),
-    ]
-    heads = columns("", "#median", "#middle half", "#above 0 dB")
-    for k in table.budgets:
-        known = {
-            (row.estimator, row.strategy): np.vectorize(drawn_db, otypes=[float])(found)
-            for row in table.rows
-            if len(found := finite(values[row.estimator, row.strategy, k]))
-        }
-        if not known:
-            continue
-        every = np.concatenate(list(known.values()))
-        low, high = min(0.0, float(every.min())), max(0.0, float(every.max()))
-        inside: list[Block] = []
-        for estimator in table.estimators:
-            rows = []
-            for row in table.of(estimator):
-                if (estimator, row.strategy) not in known:
-                    continue
-                own, drawn = finite(values[estimator, row.strategy, k]), known[estimator, row.strategy]
-                median, middle = float(np.median(own)), np.quantile(own, [0.25, 0.75]).tolist()
-                box = tuple(np.quantile(drawn, [0.25, 0.75]).tolist())
-                strip = Bar(low, high, point=drawn_db(median), box=box, strokes=tuple(drawn.tolist()))
-                half = " to ".join(text.written(value, "+.1f") for value in middle)
-                figures = (text.written(median, "+.2f"), half, text.share(row.above[k]))
-                rows.append((median, Row((row.strategy, Cell("", bar=strip), *figures))))
-            rows.sort(key=lambda pair: pair[0])
-            inside.append(Table((Column(estimator), *heads), tuple(row for _, row in rows), style="shares"))
-        note = f"from {text.decibels(low)} to {text.decibels(high)}"
-        blocks.append(Choice({"k": str(k)}, (Group(tuple(inside), f"k = {k}", note),)))
-    return tuple(blocks)
 
 
 def validation_blocks(validation: Validation, outputs: Sequence[str]) -> tuple[Block, ...]:

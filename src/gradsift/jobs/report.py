@@ -46,7 +46,6 @@ from gradsift.jobs.explanation_pages import estimators_table, reranking_table
 from gradsift.jobs.pages import kept_page, publish_page
 from gradsift.jobs.results import (
     FILES,
-    Outcome,
     Result,
     data_facts,
     files_of,
@@ -65,7 +64,6 @@ from gradsift.recipe import Recipe
 from gradsift.report import text
 from gradsift.report.blocks import (
     Block,
-    Chart,
     Column,
     Example,
     Examples,
@@ -247,36 +245,20 @@ def _views(result: Result) -> list[View]:
     return sorted(views)
 
 
-def outcome_blocks(outcomes: Sequence[Outcome], notes: Sequence[str] = ()) -> tuple[Block, ...]:
-    """What training on each choice led to: a table, and a chart of each figure."""
+def outcome_blocks(outcomes: Mapping[str, Mapping[str, float]], notes: Sequence[str] = ()) -> tuple[Block, ...]:
+    """What training on each choice led to, by choice and figure."""
     if not outcomes:
         return ()
-    names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.values))
-    columns, cells, charts = [Column("trained on")], [], []
-    for name in names:
-        lower = any(word in name.lower() for word in ("loss", "perplexity", "mistakes"))
-        better = "lower is better" if lower else "higher is better"
-        values = [outcome.values.get(name) for outcome in outcomes]
-        spreads = [outcome.spread.get(name, 0.0) for outcome in outcomes]
-        layout = text.figures_layout([*values, *spreads])
-        written = [text.written(value, layout) for value in values]
+    heads, columns = [Column("trained on")], []
+    for name in dict.fromkeys(name for own in outcomes.values() for name in own):
+        lower = any(word in name.lower() for word in ("loss", "mistakes"))
+        values = [own.get(name) for own in outcomes.values()]
+        written = text.figures(values)
         best = text.best_of(values, written, higher=not lower)
-        columns.append(Column(name, better, numeric=True))
-        each = list(enumerate(zip(outcomes, values, spreads, written, strict=True)))
-        cells.append([measured(words, spread or None, layout, n in best) for n, (_, _, spread, words) in each])
-        rows = tuple((one.label, value, spread, n in best) for n, (one, value, spread, _) in each)
-        title = f"{name}: " + ", ".join(f"{o.label} {w}" for o, w in zip(outcomes, written, strict=True))
-        charts.append(Chart(title, name, f"{better}; the axis need not start at 0", rows=rows))
-    said = "Best value of each column marked." + (
-        " ± is one standard deviation over seeds." if any(outcome.spread for outcome in outcomes) else ""
-    )
-    rows_ = [Row((outcome.label, *(column[n] for column in cells))) for n, outcome in enumerate(outcomes)]
-    return (
-        Table(tuple(columns), tuple(rows_)),
-        Text(said, "aside"),
-        *map(Text, notes),
-        Group(tuple(charts), style="charts"),
-    )
+        heads.append(Column(name, "lower is better" if lower else "higher is better", numeric=True))
+        columns.append([measured(words, None, "", n in best) for n, words in enumerate(written)])
+    table = Table(tuple(heads), tuple(map(Row, zip(outcomes, *columns, strict=True))))
+    return table, Text("Best value of each column marked.", "aside"), *map(Text, notes)
 
 
 def _examples(result: Result, chosen: Selection, most: int, *, own: bool) -> Examples:

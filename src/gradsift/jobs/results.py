@@ -59,19 +59,10 @@ FILES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What training on one choice led to: column -> value; `spread` is the standard deviation over seeds, if known."""
-
-    label: str
-    values: Mapping[str, float]
-    spread: Mapping[str, float] = field(default_factory=dict)
-
-
 @dataclass
 class Result:
     """What a job, the command `command`, made, for printing, `--json` and the page; `paged`: with pages of tokens
-    that match.
+    that match; `outcomes`: what training on each choice led to, by choice and figure.
     """
 
     recipe: Recipe
@@ -89,7 +80,7 @@ class Result:
     suggestions: tuple[Suggestion, ...] = ()
     pages: list[str] = field(default_factory=list)
     unexplained: Account = field(default_factory=Account)
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: dict[str, dict[str, float]] = field(default_factory=dict)
     outcome_notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     paged: bool = True
@@ -224,7 +215,7 @@ def summary(result: Result) -> dict[str, Any]:
     parts = {"diagnostics": result.diagnostics, "relevance": result.relevance, "validation": result.validation}
     content |= {name: part.as_dict() for name, part in parts.items() if part is not None}
     if result.outcomes:
-        content["outcomes"] = {outcome.label: dict(outcome.values) for outcome in result.outcomes}
+        content["outcomes"] = result.outcomes
     return content
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.progress import Reporter, silent
-from gradsift.base.types import Example, Skipped, before_answer
+from gradsift.base.types import Example, before_answer
 from gradsift.context import Pool, Target, open_pool, open_target
 from gradsift.data.account import Account, count_reasons, counts_text
 from gradsift.data.formats import BadRowError, read_conversation
@@ -468,8 +468,8 @@ def _asked(prompt: str, output: str | None, instead: str | None) -> Question:
     except BadRowError as error:
         raise DataError(f"--prompt holds messages that make no conversation: {error}") from error
     question = question_of(read.messages, output, instead=instead)
-    unused = [Skipped(question.id, one.reason, one.detail, "--prompt", None, "part", one.part) for one in read.unused]
-    return replace(question, options=read.options, unused=tuple(unused))
+    unused = tuple(replace(one, id=question.id, source="--prompt") for one in read.unused)
+    return replace(question, options=read.options, unused=unused)
 
 
 def say_account(account: Account, what: str, used: int, reporter: Reporter) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gradsift.base import interruption
 from gradsift.base.errors import MismatchError, ModelError
 from gradsift.base.lazy import Tensor, torch
 
@@ -95,13 +96,15 @@ def nothing_trained(network: Any) -> Iterator[None]:
     required = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     training = [(module, module.training) for module in network.modules()]
     try:
-        network.eval().requires_grad_(False)
+        with interruption.held():
+            network.eval().requires_grad_(False)
         yield
     finally:
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)
-        for module, mode in training:
-            module.training = mode
+        with interruption.held():
+            for parameter, flag in required:
+                parameter.requires_grad_(flag)
+            for module, mode in training:
+                module.training = mode
 
 
 @contextmanager

@@ -25,20 +25,13 @@ from gradsift.base.types import Sequence, TokenizedExample
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
-    """Sequences padded on the right, and where their supervised tokens are.
+    """Sequences padded on the right, and where their supervised tokens are."""
 
-    ids:       int64 [sequence token]
-    positions: int64 [label], index into the flattened [sequence·token] hidden states that predicts the label
-    labels:    int64 [label]
-    weights:   float64 [label]
-    owner:     int64 [label], the sequence that a label belongs to
-    """
-
-    ids: Tensor
-    positions: Tensor
-    labels: Tensor
-    weights: Tensor
-    owner: Tensor
+    ids: Tensor  # int64 [sequence token]
+    positions: Tensor  # int64 [label], index into the flattened [sequence·token] hidden states that predicts the label
+    labels: Tensor  # int64 [label]
+    weights: Tensor  # float64 [label]
+    owner: Tensor  # int64 [label], the sequence that a label belongs to
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -95,15 +88,11 @@ class DPO:
 
     With c the chosen and r the rejected answer and x₀ the contrast at the reference, which is constant, the margin is
     m = β(x₀ − x), the loss −log σ(m), its derivative by x βσ(−m) and the second one β²σ(m)σ(−m).
-
-    beta:      β
-    reference: x₀, float64 `[pair]`
-    factors:   of the losses, float64 `[pair]`; None is 1
     """
 
-    beta: float
-    reference: NDArray[np.float64]
-    factors: NDArray[np.float64] | None = None
+    beta: float  # β
+    reference: NDArray[np.float64]  # x₀, float64 `[pair]`
+    factors: NDArray[np.float64] | None = None  # of the losses, float64 `[pair]`; None is 1
 
     def margins(self, contrasts: Tensor) -> Tensor:
         """m, of the contrasts' type and place, as all that is computed here."""

@@ -17,12 +17,12 @@ from gradsift.base.progress import Reporter
 from gradsift.context import Pool
 from gradsift.generation.local import Row, default_rows, draw_tokens, greedy_output
 from gradsift.generation.sampling import Sampling
-from gradsift.gradients.batching import automatic_lanes, automatic_token_budget
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.kronecker import factor_entries
 from gradsift.gradients.projection import Projector, plan_segments
 from gradsift.gradients.rows import RowSettings, gradient_rows
 from gradsift.gradients.self_check import self_check
+from gradsift.model.batching import automatic_lanes, automatic_token_budget
 from gradsift.model.models import host
 from gradsift.plan.work import Decoding, Drawing, Speeds, Work
 from gradsift.recipe import Recipe

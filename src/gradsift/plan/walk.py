@@ -51,6 +51,7 @@ from gradsift.influence.estimator import (
     Estimator,
     Passes,
     conversations,
+    parts_of,
     read_together,
     target_view,
     views_read,
@@ -160,8 +161,10 @@ class Walk:
         assert self.target is not None
         judge = Judgement(self.kept or self.pool, self.target, settings)
         judge.check()
+        done = self.kept is not None and is_benched(self.kept, self.target, settings)
+        self.target = judge.target
         self._judged(settings.judged)
-        self._retrain(judge)
+        self._retrain(judge, done=done)
         if "self" in settings.asked:
             (whole, *halves), _ = self_pools(self.pool, self.target, settings)
             methods = [method for method in settings.judged if not isinstance(method, SmoothTraining)]
@@ -174,15 +177,14 @@ class Walk:
         return self
 
     def _judged(self, methods: Sequence[Estimator]) -> None:
-        reading = [method for method in methods if method.view is not None]
+        reading = [part for method in methods for part in parts_of(method) if part.view is not None]
         self._rows_together(reading, sums=any(method.full_sum for method in reading))
         for method in methods:
             self._score(method)
 
-    def _retrain(self, judge: Judgement) -> None:
+    def _retrain(self, judge: Judgement, *, done: bool) -> None:
         """The trainings that scores are held against, and the losses after them."""
         target, settings, pool = judge.target, judge.settings, self.pool
-        done = self.kept is not None and is_benched(self.kept, target, settings)
         epochs, mean = self.recipe.warmup.epochs, float(pool.data.lengths.mean())
         trainings = settings.trainings(int(judge.available.sum()), target.subtasks)
         if "train" in trainings:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
 from gradsift.report.blocks import Bar, Bars, Chart, Line, Point, Space, View
-from gradsift.report.text import clean, figures, shorten, written
+from gradsift.report.text import clean, written
 
 COLOURS = 8  # of the style sheet; series beyond them have the same ones with broken lines
 MOST_STROKES = 300
@@ -36,18 +36,12 @@ def bar(drawn: Bar) -> Markup:
         return draw_line(kind, along(value), top, along(value), bottom)
 
     parts = [draw_rect("track", 0, 0, 100, 10)]
-    if drawn.box is not None:
-        left, right = map(along, drawn.box)
-        parts.append(draw_rect("box", left, 0.5, max(right - left, 0.2), 9))
     if drawn.value is not None and math.isfinite(drawn.value):
         zero, end = along(0), along(drawn.value)
         kind = "negative" if drawn.value < 0 or drawn.tone == "worse" else "chosen"
         parts.append(draw_rect(kind, min(zero, end), 1.5, abs(end - zero), 7))
     if low < 0 < high:
         parts.append(stroke("zero", 0))
-    if drawn.strokes:
-        path = "".join(f"M{coordinate(along(value))} 2v6" for value in thinned(np.sort(drawn.strokes)).tolist())
-        parts.append(Markup('<path class="rug" d="{}"/>').format(path))
     if drawn.span is not None:
         parts.append(draw_line("span", along(drawn.span[0]), 5, along(drawn.span[1]), 5))
     if drawn.mark is not None:
@@ -62,47 +56,35 @@ def bar(drawn: Bar) -> Markup:
 
 def chart(drawn: Chart) -> Markup:
     """A chart; nothing where it has nothing finite to draw."""
-    if drawn.bars is not None:
-        return _bars(drawn, drawn.bars)
-    return _dots(drawn) if drawn.rows else _lines(drawn)
+    return _lines(drawn) if drawn.bars is None else _bars(drawn, drawn.bars)
 
 
 def _bars(drawn: Chart, bars: Bars) -> Markup:
-    """Amounts as bars, or those of all as an outline around those of the chosen."""
+    """Amounts of all, and of the chosen before them."""
     assert len(bars.edges) == len(bars.all) + 1, (len(bars.edges), len(bars.all))
-    if not any(bars.all) and not any(bars.chosen):
+    tallest = max(*bars.all, *bars.chosen, 0.0)
+    if not tallest:
         return Markup("")
-    width, base, top = (300.0, 96.0, 8.0) if bars.outline else (360.0, 150.0, 10.0)
-    left, right = (4.0, 296.0) if bars.outline else (40.0, 352.0)
-    tallest = bars.top or max(*bars.all, *bars.chosen, 0.0)
-    step, high = (right - left) / len(bars.all), (base - top) / tallest
-    parts = [open_drawing(width, base + (38 if bars.outline else 50), drawn.title)]
-    if not bars.outline:
-        for mark, _ in round_ticks(0, max(tallest, 1), 4):
-            if mark == int(mark):
-                parts.append(draw_line("grid", left, base - high * mark, right, base - high * mark))
-                parts.append(draw_text(left - 6, base - high * mark + 4, f"{mark:,.0f}", "end"))
-    for kind, amounts in (("pool", () if bars.outline else bars.all), ("chosen", bars.chosen)):
+    width, base, top, left = 360.0, 150.0, 10.0, 40.0
+    step, high = (_RIGHT - left) / len(bars.all), (base - top) / tallest
+    parts = [open_drawing(width, base + 50, drawn.title)]
+    for mark, _ in round_ticks(0, max(tallest, 1), 4):
+        if mark == int(mark):
+            parts.append(draw_line("grid", left, base - high * mark, _RIGHT, base - high * mark))
+            parts.append(draw_text(left - 6, base - high * mark + 4, f"{mark:,.0f}", "end"))
+    for kind, amounts in (("pool", bars.all), ("chosen", bars.chosen)):
         for position, amount in enumerate(amounts):
             if amount:  # a handful of chosen examples in a large pool must stay visible
                 height = max(high * amount, 1.5)
                 parts.append(draw_rect(kind, left + step * position + 0.5, base - height, step - 1, height))
-    if bars.outline:
-        spots = [(left + step * n, base - high * amount) for n, amount in enumerate(bars.all)]
-        path = "L".join(f"{coordinate(x)} {coordinate(y)}h{coordinate(step)}" for x, y in spots)
-        parts.append(Markup('<path class="outline" d="M{}"/>').format(path))
-    parts.append(draw_line("axis", left, base, right, base))
+    parts.append(draw_line("axis", left, base, _RIGHT, base))
     low, span = bars.edges[0], bars.edges[-1] - bars.edges[0]
     for value in bars.rug:
-        x = left + (right - left) * (value - low) / span
+        x = left + (_RIGHT - left) * (value - low) / span
         parts.append(draw_line("rug", x, base + 3, x, base + 12))
-    if bars.outline:
-        ticks = [(left + step * n, f"{edge:,.0f}") for n, edge in enumerate(bars.edges)]
-        parts += _ticks(ticks, base + 15, width)
-    else:
-        marks = round_ticks(low, bars.edges[-1], 4)
-        parts += _ticks([(left + (right - left) * (m - low) / span, text) for m, text in marks], base + 27, width)
-    parts.append(draw_text((left + right) / 2, base + (34 if bars.outline else 45), drawn.axis, "middle"))
+    marks = round_ticks(low, bars.edges[-1], 4)
+    parts += _ticks([(left + (_RIGHT - left) * (m - low) / span, text) for m, text in marks], base + 27, width)
+    parts.append(draw_text((left + _RIGHT) / 2, base + 45, drawn.axis, "middle"))
     return _closed(parts)
 
 
@@ -116,44 +98,6 @@ def _ticks(ticks: Sequence[tuple[float, str]], y: float, width: float) -> list[M
             parts.append(draw_text(x, y, text, "middle"))
             free = x + half + 6
     return parts
-
-
-def _dots(drawn: Chart) -> Markup:
-    """A name with its value in each row, the value as a dot, the spread either side of it as a line.
-
-    The axis need not start at zero, which is why these are dots and not bars. Values that are not finite are left out.
-    """
-    kept = [
-        (label, value, abs(spread) if math.isfinite(spread) else 0.0, best)
-        for label, value, spread, best in drawn.rows
-        if value is not None and math.isfinite(value)
-    ]
-    if not kept:
-        return Markup("")
-    low, high = min(v - s for _, v, s, _ in kept), max(v + s for _, v, s, _ in kept)
-    margin = 0.08 * (high - low) or max(abs(high), 1.0) / 2
-    low, high = low - margin, high + margin
-    left, right, pitch = 2.0, 358.0, 38
-    bottom = 8 + pitch * len(kept)
-
-    def along(value: float) -> float:
-        return left + (right - left) * (value - low) / (high - low)
-
-    parts = [open_drawing(360, bottom + 24, drawn.title)]
-    for mark, text in round_ticks(low, high, 4):
-        parts.append(draw_line("grid", along(mark), 4, along(mark), bottom))
-        parts.append(draw_text(along(mark), bottom + 16, text, "middle"))
-    texts = figures([value for _, value, _, _ in kept])
-    for row, ((label, value, spread, best), text) in enumerate(zip(kept, texts, strict=True)):
-        y = 18 + pitch * row
-        parts.append(draw_text(left, y, shorten(label, 34), "start", "label"))
-        parts.append(draw_text(right, y, f"{text}, best" if best else text, "end", "label"))
-        parts.append(draw_line("grid", left, y + 10, right, y + 10))
-        if spread:
-            parts.append(draw_line("spread", along(value - spread), y + 10, along(value + spread), y + 10))
-        circle = Markup('<circle class="{}" cx="{}" cy="{}" r="5"/>')
-        parts.append(circle.format("dot best" if best else "dot", coordinate(along(value)), y + 10))
-    return _closed(parts)
 
 
 def _lines(drawn: Chart) -> Markup:
@@ -193,7 +137,7 @@ def _lines(drawn: Chart) -> Markup:
 
 def _series(line: Line, points: Sequence[tuple[Point, float, float]], up: Callable[[float], float]) -> Markup:
     """One line's marks, which the page's script makes stand out where its series is picked."""
-    number = line.colour if line.series is None else line.series
+    number = line.series or 0
     parts = [Markup("<title>{}</title>").format(clean(line.name))] if line.name else []
     if line.joined:
         path = "M" + "L".join(f"{coordinate(x)} {coordinate(y)}" for _, x, y in points)
@@ -328,10 +272,10 @@ def draw_line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
     )
 
 
-def draw_text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> Markup:
+def draw_text(x: float, y: float, text: str, anchor: str) -> Markup:
     """A text at its `start`, `middle` or `end`."""
-    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(
-        kind, coordinate(x), coordinate(y), anchor, clean(text)
+    return Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>').format(
+        coordinate(x), coordinate(y), anchor, clean(text)
     )
 
 

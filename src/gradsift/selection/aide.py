@@ -42,7 +42,6 @@ class Aide(Selector):
         return f"AIDE ({', '.join(options)})" if options else "AIDE"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """By the cosines of their rows with each other and with the target."""
         pool = candidates.ranked(self.order, budget)
         influence = pool.scores.abs() if self.influence == "raw" else min_max(pool.scores.abs())
         if self.diversity == "mean_pairwise_distance":
@@ -64,16 +63,15 @@ def aide(
 
     The objective is `Σ_{i ∈ S} (α|I_i| + β P_i) + γ·D(S)` (Nematov et al. 2024; Compact, Appendix B). As Compact's
     authors compute it, D is a facility location scaled by the budget k, so each pick has the greatest gain
-    `α|I_i| + β P_i + γ·(1 − 1/(k(k−1)))·(F(S ∪ {i}) − F(S))`, `F(S) = Σ_c max_{j ∈ S} sim_cj`, F(∅) = 0; the factor
-    is 1 for k = 1. It depends on k, so picks of different budgets are not nested. Ties go to the lowest position.
+    `α|I_i| + β P_i + γ·(1 − 1/(k(k−1)))·(F(S ∪ {i}) − F(S))`, `F(S) = Σ_c max_{j ∈ S} sim_cj`, F(∅) = 0; the factor is
+    1 for k = 1. It depends on k, so picks of different budgets are not nested. Ties go to the lowest position.
 
     Args:
         influence: I [candidate], either sign; its absolute value counts. Raw influence may swamp the other terms.
         proximity: P [candidate], higher = closer to the target, such as the cosine of gradients.
         similarity: [covered candidate], square, entries of at least 0; Compact's authors take `max(D) − D` of the
             cosine distance D.
-        budget: k, how many to choose.
-        weights: α, β and γ, each at least 0.
+        weights: α, β and γ.
 
     Raises:
         ConfigError: a negative similarity, weights that are not three finite numbers of at least 0, or a budget outside

@@ -80,20 +80,13 @@ def greedy(
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """Candidates in the order of a ranking, and the inner products of their gradients.
+    """Candidates in the order of a ranking, and the inner products of their gradients."""
 
-    positions: in the pool
-    scores: [candidate], higher = helps
-    gram: [candidate candidate], fp64
-    cross: [candidate] inner products with the target's gradient, fp64; none where there is no target
-    squared_norm: of the target's gradient
-    """
-
-    positions: list[int]
-    scores: Tensor
-    gram: Array
-    cross: Array
-    squared_norm: float
+    positions: list[int]  # in the pool
+    scores: Tensor  # [candidate], higher = helps
+    gram: Array  # [candidate candidate], fp64
+    cross: Array  # [candidate] inner products with the target's gradient, fp64; none where there is no target
+    squared_norm: float  # of the target's gradient
 
     @cached_property
     def cosine(self) -> Tensor:

@@ -39,7 +39,6 @@ class Divine(Selector):
         return label_of("DIVINE", self.order)
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """By the cosines of their rows."""
         pool = candidates.ranked(self.order, budget)
         importance = min_max(naive_key(pool.scores, self.order))
         return pool.pool_positions(divine(importance, 1.0 - pool.cosine, budget=budget))
@@ -56,8 +55,7 @@ def divine(importance: Tensor, distance: Tensor, *, budget: int, gammas: Sequenc
     Args:
         importance: I [candidate], higher = chosen earlier. Compact: the naive key by min-max onto [0, 1].
         distance: D [candidate candidate], symmetric, such as `1 − cos`.
-        budget: how many to choose.
-        gammas: values of γ in the order in which ties are decided; `GAMMAS` by default.
+        gammas: `GAMMAS` by default.
 
     Raises:
         ConfigError: no γ, a γ that is negative or not finite, or a budget outside 1 to the number of candidates.

@@ -42,7 +42,6 @@ class FacilityLocation(Selector):
         return f"{label_of('FL', self.order)}{shifted} λ={self.trade_off:g}"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """By the cosines of their rows."""
         pool = candidates.ranked(self.order, budget, self.candidates)
         picks = facility_location(
             similarity_from_cosines(pool.cosine, self.similarity),
@@ -57,8 +56,8 @@ def facility_location(similarity: Tensor, cost: Tensor, *, budget: int, trade_of
     """Greedy choice of candidates that cover all candidates at low cost, in pick order.
 
     Each pick is the candidate j with the greatest `(Δ(j|S) + 1)^λ / c_j^(1−λ)`, where `Δ(j|S) = F(S ∪ {j}) − F(S)` and
-    `F(S) = Σ_i max_{j ∈ S} sim_ij` (Compact, equation 4), F(∅) = 0, λ = `trade_off`. λ = 0 is the order of the costs,
-    λ = 1 pure coverage. At λ = 1 the coverage reached is at least 1 − 1/e of the best possible (Nemhauser et al. 1978).
+    `F(S) = Σ_i max_{j ∈ S} sim_ij` (Compact, equation 4), F(∅) = 0, λ = `trade_off`. λ = 0 is the order of the costs, λ
+    = 1 pure coverage. At λ = 1 the coverage reached is at least 1 − 1/e of the best possible (Nemhauser et al. 1978).
     Ties go to the lowest position.
 
     Gains only shrink as the selection grows, so a gain computed for an earlier pick is an upper bound, and candidates
@@ -68,8 +67,6 @@ def facility_location(similarity: Tensor, cost: Tensor, *, budget: int, trade_of
     Args:
         similarity: [covered candidate], square, entries of at least 0; entry (i, j) says how well j covers i.
         cost: [candidate], above 0, lower = preferred (see `cost_from_scores`).
-        budget: how many to choose.
-        trade_off: λ from 0 to 1.
 
     Raises:
         ConfigError: a negative similarity, a cost of 0 or less, λ outside 0 to 1, or a budget outside 1 to the number

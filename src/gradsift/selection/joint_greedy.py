@@ -44,7 +44,6 @@ class JointGreedy(Selector):
             )
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """From the stored rows that the scores were made from."""
         scores, pool, target = candidates.whole()
         made = scores.method.greedy_terms()
         assert made is not None, "see `check`"
@@ -57,17 +56,12 @@ def joint_greedy(pool: Tensor, target: Tensor, *, budget: int, joint_weight: flo
 
         gain(i | S) = mean_q P_iq − λ Σ_{j∈S} Γ_iᵀHΓ_j,   P = Γ Vᵀ,   H = (1/Q) Σ_q v_q v_qᵀ
 
-    JI2S (Wei et al. 2025, section 4.2) sums the pairs over the whole pool, most of which is never trained on; here the
-    interaction is with the examples that are (ours). With the Fisher matrix of the targets Γ_iᵀHΓ_j = (1/Q) P_i·P_j, so
-    that one product of P with the row of the last pick gives all gains: O(pool · target) per pick. The quadratic is
-    that of one step over the chosen examples at rate λ, but for half of it and the self terms. Ties go to the lowest
-    position, and the budget is filled even where gains are negative.
-
-    Args:
-        pool: update directions Γ [pool dim].
-        target: gradients v [target dim].
-        budget: how many to choose.
-        joint_weight: λ, in units of 1 over a gradient product; 0 ranks by the first term, below 0 seeks alike examples.
+    of update directions Γ [pool dim] and gradients v [target dim]. JI2S (Wei et al. 2025, section 4.2) sums the pairs
+    over the whole pool, most of which is never trained on; here the interaction is with the examples that are (ours).
+    With the Fisher matrix of the targets Γ_iᵀHΓ_j = (1/Q) P_i·P_j, so that one product of P with the row of the last
+    pick gives all gains: O(pool · target) per pick. The quadratic is that of one step over the chosen examples at rate
+    λ, but for half of it and the self terms; λ = 0 ranks by the first term, below 0 seeks alike examples. Ties go to
+    the lowest position, and the budget is filled even where gains are negative.
 
     Raises:
         ConfigError: a budget outside 1 to the number of rows, or a weight that is not a finite number.

@@ -29,20 +29,13 @@ _BY_CHANCE = 0.05  # how often a descent may leave a choice that no exchange bet
 
 @dataclass(frozen=True)
 class Round:
-    """One round of the descent.
+    """One round of the descent."""
 
-    chosen:    positions of the rows that it trained on
-    loss:      of the targets that were gone back from, at the end of the training, nats
-    held_out:  of those that were not, after the trainings by other seeds
-    exchanged: rows that are not those of the round before
-    each:      the losses of held-out targets, `[training target]`, nats
-    """
-
-    chosen: tuple[int, ...]
-    loss: float
-    held_out: float
-    exchanged: int
-    each: tuple[tuple[float, ...], ...]
+    chosen: tuple[int, ...]  # positions of the rows that it trained on
+    loss: float  # of the targets that were gone back from, at the end of the training, nats
+    held_out: float  # of those that were not, after the trainings by other seeds
+    exchanged: int  # rows that are not those of the round before
+    each: tuple[tuple[float, ...], ...]  # the losses of held-out targets, `[training target]`, nats
 
 
 class MetagradientDescent(SmoothTraining, Selector):
@@ -100,6 +93,8 @@ class MetagradientDescent(SmoothTraining, Selector):
         steering, measuring = self._endings(pool, target)
         chosen, rounds, fresh = candidates.first("most_helpful", budget), list[Round](), 0
         seen = {frozenset(chosen)}
+        if lacking := MAGIC().without_labels(target):
+            pool.reporter.warn(f"metagradient descent goes back as {lacking}")
         if effective_batch_size(budget, self.training(pool).batch_size) == 1:
             pool.reporter.warn(
                 f"metagradient descent: a choice of {budget} rows is trained on one by one, and a gradient that is "
@@ -176,6 +171,7 @@ class MetagradientDescent(SmoothTraining, Selector):
         Raises:
             ConfigError: too few measure for their differences to have an error.
         """
+        target = target.labelled
         groups = groups_of(len(target.data), target.subtasks)
         draw = np.random.default_rng((pool.seed, len(groups)))
         steering, measuring = list[int](), list[int]()
@@ -253,11 +249,7 @@ def kept(rounds: Sequence[Round], groups: NDArray[np.int64]) -> Round:
     """The round with the lowest held-out loss of those whose gain is beyond chance, else the first.
 
     A gain is beyond chance where it is so many errors as Student's t has at 5 % on one side, over the rounds after the
-    first: where no exchange helps, in 95 % of descents the first choice stays.
-
-    Args:
-        rounds: of a descent.
-        groups: of each held-out target.
+    first: where no exchange helps, in 95 % of descents the first choice stays. `groups` are those of held-out targets.
     """
     from scipy.special import stdtrit
 

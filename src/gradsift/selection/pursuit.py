@@ -98,15 +98,11 @@ def relevance_pursuit(target_gradient: Tensor, candidates: Tensor, *, budget: in
     2. Exchange: each chosen one is replaced by the candidate that leaves the least error, until a whole round
        replaces none.
 
-    Both work on inner products in fp64; the least squares of one candidate more follow from those before by Greville's
-    recursion. Inner products cannot tell a duplicate from a gradient that differs in its last digits, which the fit
-    would answer with huge coefficients. So a candidate that the others chosen reproduce to four digits and a half is
-    taken only where nothing else is left. Ties go to the lowest position.
-
-    Args:
-        target_gradient: g [dim].
-        candidates: gradients [candidate dim], not normalised.
-        budget: how many to choose.
+    Both work on inner products in fp64 of g [dim] and of gradients [candidate dim] that are not normalised; the least
+    squares of one candidate more follow from those before by Greville's recursion. Inner products cannot tell a
+    duplicate from a gradient that differs in its last digits, which the fit would answer with huge coefficients: a
+    candidate that the others chosen reproduce to four digits and a half is taken only where nothing else is left. Ties
+    go to the lowest position.
 
     Raises:
         ConfigError: a budget outside 1 to the number of candidates.
@@ -146,14 +142,9 @@ def sought(
     by it are compared in full, and their pursuit says which sets the next reading is about, until the choices are those
     of the reading before. The first reading is about single rows.
 
-    Args:
-        targets: gradients `[dim]`, none of them zero.
-        budgets: the sizes that are chosen for.
-        count: a fourth of the rows that are given, where there are so many.
-
-    Returns:
-        For each target positions in the store, those first that are chosen or by the least error would have been; none
-        where no row supports it.
+    Returns of each target `[dim]`, none of them zero, positions in the store, four times `count` where there are so
+    many: those first that are chosen for the budgets or by the least error would have been; none where no row supports
+    it.
     """
     searches = [_Search(store, target, sorted(budgets), count) for target in targets]
     lengths = store.projected_norms.double().numpy() ** 2
@@ -231,14 +222,10 @@ class _Search:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Reconstructing one target from candidates, in units of the target's squared norm.
+    """Reconstructing one target from candidates, in units of the target's squared norm."""
 
-    gram: [candidate candidate] inner products of candidates
-    cross: [candidate] inner products with the target
-    """
-
-    gram: Array
-    cross: Array
+    gram: Array  # [candidate candidate] inner products of candidates
+    cross: Array  # [candidate] inner products with the target
 
     @classmethod
     def of(cls, gram: Array, cross: Array, squared_norm: float) -> Reconstruction:

@@ -28,12 +28,9 @@ def chosen_examples(
     most: int = 500,
     filter: str = "",
 ) -> Examples:
-    """The first of the chosen examples, in the order of choice.
-
-    Args:
-        kept: of each, the share of new rankings that choose it again, by what is new in them.
-        known: names of columns that its conversation is in.
-        filter: what a search field finds.
+    """The first of the chosen examples, in the order of choice, with the share of new rankings that choose each again
+    (`kept`, by what is new in them). `known` are columns that its conversation is in, `filter` what a search field
+    finds.
     """
     assert chosen.pool is not None
     tokens = learned_tokens(chosen)

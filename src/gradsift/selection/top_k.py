@@ -25,7 +25,6 @@ class Naive(Selector):
         return self.order.replace("_", " ")
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """The first of its ranking, equal ones by position."""
         return candidates.first(self.order, checked_budget(budget, len(candidates.available), CHOSEN_FROM))
 
 
@@ -90,7 +89,6 @@ class TopK(MostHelpful):
         return super().choose(candidates, min(budget, reach))
 
     def redrawn(self, ids: Sequence[str]) -> dict[str, Any]:
-        """The highest that reach the threshold."""
         return {"least": self.threshold}
 
 

@@ -79,17 +79,10 @@ def tsds(
 ) -> list[int]:
     """Positions drawn from the distribution over the pool that `tsds_probabilities` computes, in the order drawn.
 
-    Without replacement (ours; the authors draw with it), each position is drawn in proportion to its probability among
-    those that are left. Where the budget exceeds the positions that have any probability, the rest follow by their
-    distance from the nearest target, ties by position.
-
-    Args:
-        pool: [pool dim].
-        target: [target dim].
-        budget: how many to draw.
-        alpha, c, sigma, neighbours, density_neighbours: see `tsds_probabilities`.
-        with_replacement: draw independently, as published; positions may repeat.
-        generator: of the draw; torch's own by default.
+    Without replacement (ours; the authors draw with it, and then positions may repeat), each position is drawn in
+    proportion to its probability among those that are left. Where the budget exceeds the positions that have any
+    probability, the rest follow by their distance from the nearest target, ties by position. Of [pool dim] and [target
+    dim], with the parameters of `tsds_probabilities`; the generator is torch's own by default.
 
     Raises:
         ConfigError: a budget below 1 or, without replacement, above the size of the pool; a parameter out of range.

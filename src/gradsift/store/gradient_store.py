@@ -161,10 +161,10 @@ class GradientStoreWriter:
 
     def shard_state(self, shard: int, ids: Sequence[str]) -> Literal["complete", "damaged", "missing"]:
         """Whether a shard is there; one of other bytes than its checksum's, or of other `ids`, is damaged."""
-        side, rows = self._side_key(shard), file_of(self.prefix, "shard", shard)
-        if not self.storage.exists(side) or not self.storage.exists(rows):
-            return "missing"
-        if self.config.get("full_sum") and not self.storage.exists(file_of(self.prefix, "sum", shard)):
+        side, files = self._side_key(shard), {"checksum": file_of(self.prefix, "shard", shard)}
+        if self.config.get("full_sum"):
+            files["sum_checksum"] = file_of(self.prefix, "sum", shard)
+        if not all(map(self.storage.exists, (side, *files.values()))):
             return "missing"
         try:
             stored = read_json(self.storage, side, _Side)
@@ -172,10 +172,7 @@ class GradientStoreWriter:
             return "damaged"
         if [id_ for id_ in ids if id_ not in stored["excluded"]] != stored["ids"]:
             return "damaged"
-        files = {rows: stored.get("checksum")}
-        if self.config.get("full_sum"):
-            files[file_of(self.prefix, "sum", shard)] = stored.get("sum_checksum")
-        intact = all(checksum_file(self.storage.local(key)) == digest for key, digest in files.items())
+        intact = all(checksum_file(self.storage.local(key)) == stored.get(name) for name, key in files.items())
         return "complete" if intact else "damaged"
 
     def write_shard(

@@ -53,20 +53,13 @@ class MeasuredError:
 
 @dataclass(frozen=True)
 class ExactRows:
-    """What the writer of a shard is told of some of its rows, to compare what it stores with.
+    """What the writer of a shard is told of some of its rows, to compare what it stores with."""
 
-    places: of the rows in the shard
-    products: float64 `[sample sample]`, inner products before projection
-    plain: for Adam rows, their plain gradients projected alike `[sample dim]`
-    to_plain: for Adam rows, ⟨Γ_i, g_j⟩ before projection `[sample sample]`
-    plain_squares: for Adam rows, ‖g_j‖² `[sample]`
-    """
-
-    places: Sequence[int]
-    products: Tensor
-    plain: Tensor | None = None
-    to_plain: Tensor | None = None
-    plain_squares: Tensor | None = None
+    places: Sequence[int]  # of the rows in the shard
+    products: Tensor  # float64 `[sample sample]`, inner products before projection
+    plain: Tensor | None = None  # for Adam rows, their plain gradients projected alike `[sample dim]`
+    to_plain: Tensor | None = None  # for Adam rows, ⟨Γ_i, g_j⟩ before projection `[sample sample]`
+    plain_squares: Tensor | None = None  # for Adam rows, ‖g_j‖² `[sample]`
 
 
 def cosine_pairs(exact: ExactRows, stored: Tensor, plain: Tensor | None) -> dict[str, Any]:

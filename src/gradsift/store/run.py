@@ -170,11 +170,10 @@ class Run:
             publish_json(self.storage, "run.json", manifest("run", identity), sealed=True)
 
     def refuse_other(self, identity: Mapping[str, Any], made: Mapping[str, Any] | None = None) -> None:
-        """Refuse a folder that is tied to another model and pool, before anything is written to it.
+        """Refuse a folder that is tied to another model and pool than it is wanted for, before anything is written to
+        it.
 
-        Args:
-            identity: what it is wanted for.
-            made: what the manifest of that pool says, so that settings and rows are told apart.
+        `made` is what the manifest of that pool says, so that settings and rows are told apart.
 
         Raises:
             MismatchError: the message names what differs.

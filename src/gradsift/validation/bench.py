@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, field_validator
 
 from gradsift.base.attempts import Stopped, attempted
-from gradsift.base.errors import ConfigError, DataError, GradsiftError
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.lazy import torch
 from gradsift.base.progress import Advance, silent, untold
 from gradsift.base.ranks import column_ranks, paired_rank_correlations
@@ -72,7 +70,6 @@ _AMONG = 200  # rows among which copies of targets are looked for
 _UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 _RANGES: dict[Measure, tuple[float, float]] = {"recall": (0, 1), "filter": (0, 1), "lds": (-1, 1), "self": (-1, 1)}
 _COPY = "copy of "  # before a target's id
-_NOTE_SECONDS = 20  # after which a process that is killed loses no more of what it took
 
 
 class Bench(Settings):
@@ -256,14 +253,15 @@ class Judgement:
     """A benchmark under way, or that is to come: nothing is done before `benchmark`."""
 
     def __init__(self, pool: Pool, target: Target, settings: Bench) -> None:
-        self.pool, self.target, self.settings = pool, target, settings
+        lacking = [*filter(None, (method.without_labels(target) for method in settings.judged))]
+        self.pool, self.target, self.settings = pool, target.labelled if lacking else target, settings
         self.scores: dict[str, NDArray[np.float64]] = {}  # [row target], −∞ without a score
         self.whole: dict[str, NDArray[np.float64]] = {}  # [row], over targets
         self.costs: dict[str, Cost] = {}
         self.failed: dict[str, str] = {}
         self.available = is_available(pool, target)
         self.seed = pool.seed
-        self.warnings: list[str] = []
+        self.warnings = [f"{lacking[0]}; nor do they for other methods"] if lacking else list[str]()
 
     def benchmark(self) -> Benchmark:
         """All of it, and what it comes to."""
@@ -373,19 +371,17 @@ class Judgement:
         """What it makes, with what that took when it was first made, attempts that were interrupted included."""
         run, key = self.pool.run, f"bench/cost-{fingerprint(what)}.json"
         kept = read_if_whole(run.storage, key, _KeptCost, sealed=True) or {"seconds": 0.0, "bytes": 0, "done": False}
+        cost, done = Cost(kept["seconds"], kept["bytes"]), False
         if kept.get("done", True):
-            return work(), Cost(kept["seconds"], kept["bytes"])
+            return work(), cost
         before, began = _bytes_in(self.pool), time.monotonic()
-
-        def note(*, done: bool = False) -> Cost:
-            seconds, size = time.monotonic() - began, max(0, _bytes_in(self.pool) - before)
-            cost = Cost(kept["seconds"] + seconds, kept["bytes"] + size)
-            run.publish_json(key, {**asdict(cost), "done": done}, sealed=True)
-            return cost
-
-        with _now_and_then(note):
+        try:
             made = work()
-        return made, note(done=True)
+            done = True
+        finally:
+            cost += Cost(time.monotonic() - began, max(0, _bytes_in(self.pool) - before))
+            run.publish_json(key, {**asdict(cost), "done": done}, sealed=True)
+        return made, cost
 
     def _score(self, method: Estimator, shared: Mapping[str, Cost]) -> None:
         made = attempted("scores", partial(self._scored, method, shared))
@@ -830,28 +826,6 @@ class _Fitted:
         trained = train_on(self.pool, self.ids, self.training, seed=self.seed, what=self.what)
         found = measure(self.pool, trained, self.metric).figures[0].per_item
         return {str(item): float(own) for item, own in found.items()}
-
-
-@contextmanager
-def _now_and_then(note: Callable[[], object]) -> Iterator[None]:
-    """Note every 20 seconds, for a process that is killed, and where what runs inside is interrupted."""
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(_NOTE_SECONDS):
-            with suppress(GradsiftError, OSError):  # the disk is full, or a file is gone that was just there
-                note()
-
-    beating = threading.Thread(target=beat, daemon=True)
-    beating.start()
-    try:
-        yield
-    except BaseException:
-        note()
-        raise
-    finally:
-        ended.set()
-        beating.join()
 
 
 class _KeptCost(Record):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from rich.filesize import decimal as filesize
+
 from gradsift.report.blocks import Block, Cell, Chart, Facts, Line, Page, Point, Row, Section, Table, Text, columns
+from gradsift.report.text import duration
 from gradsift.validation.benchmark import Benchmark, Column
 
 READING = {
@@ -63,7 +66,7 @@ def _table(found: Benchmark, own: list[Column]) -> Table:
             interval = "" if value.low != value.low else f"{_number(value.low)} to {_number(value.high)}"
             cells.append(Cell(_number(value.value), interval, tag=tag, tone="best" if near else ""))
         cost = found.costs[label]
-        rows.append(Row((*cells, f"{cost.seconds:,.1f} s", f"{cost.bytes / 1e6:,.1f} MB")))
+        rows.append(Row((*cells, duration(cost.seconds), filesize(cost.bytes))))
     for name, values in (
         ("another training", [None if c.ceiling is None else c.ceiling.value for c in own]),
         ("expected by chance", [column.chance for column in own]),

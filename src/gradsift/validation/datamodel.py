@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gradsift.base.errors import ConfigError, NonFiniteError, ShapeError
 from gradsift.base.ranks import column_ranks, paired_correlations
-from gradsift.base.resampling import Estimate, bootstrap, estimate_of
+from gradsift.base.resampling import Estimate, estimated
 
 _LEAST_SUBSETS = 3  # an order of two says nothing
 _MOST_MEMBERS = 16
@@ -68,7 +68,7 @@ def lds(
         found = [agreement(predicted, outcome, rows) for predicted in predictions]
         return found[0] - (found[1] if len(found) == 2 else 0.0)
 
-    return _bootstrapped(statistic, len(member), draws, seed, within=(-1, 1) if minus is None else (-2, 2))
+    return estimated(statistic, len(member), draws, seed, within=(-1, 1) if minus is None else (-2, 2))
 
 
 def agreement_of_trainings(one: ArrayLike, other: ArrayLike) -> Estimate:
@@ -81,7 +81,7 @@ def agreement_of_trainings(one: ArrayLike, other: ArrayLike) -> Estimate:
         raise ShapeError(
             f"one is {a.shape} and other {b.shape}: expected the same, and {_LEAST_SUBSETS} subsets or more"
         )
-    return _bootstrapped(partial(agreement, column_ranks(a), column_ranks(b)), len(a), within=(-1, 1))
+    return estimated(partial(agreement, column_ranks(a), column_ranks(b)), len(a), within=(-1, 1))
 
 
 def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400, seed: int = 0) -> Estimate:
@@ -112,7 +112,7 @@ def qld(without_best: ArrayLike, without_random: ArrayLike, *, draws: int = 400,
     def statistic(rows: NDArray[np.int64], drawn: NDArray[np.int64]) -> float:
         return rise(best[0], random, rows, drawn)
 
-    return _bootstrapped(statistic, best.shape[1], draws, seed, beside=len(random))
+    return estimated(statistic, best.shape[1], draws, seed, beside=len(random))
 
 
 def rise(
@@ -198,10 +198,3 @@ def agreement(first: NDArray[np.float64], second: NDArray[np.float64], rows: NDA
     and an interval would lie below its own value.
     """
     return float(paired_correlations(first[rows], second[rows]).mean())
-
-
-def _bootstrapped(
-    statistic: Callable[..., float], count: int, draws: int = 400, seed: int = 0, beside: int = 0, **more: Any
-) -> Estimate:
-    value, drawn = bootstrap(lambda *units: np.array([statistic(*units)]), count, draws, seed, beside=beside)
-    return estimate_of(value[0], drawn[:, 0], count, **more)

@@ -25,9 +25,9 @@ from gradsift.base.settings import Seed, Settings
 from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.data.pairs import Pairs
 from gradsift.gradients.adam import adam_direction
-from gradsift.gradients.batching import automatic_token_budget, form_batches
 from gradsift.gradients.folding import Captured
 from gradsift.model.adapters import nothing_trained
+from gradsift.model.batching import automatic_token_budget, form_batches
 from gradsift.model.loss import DPO, SupervisedHead, head_at, label_weights, pad, supervised_count, token_mean
 from gradsift.store.gradient_store import GradientStore
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradsift.base.errors import ConfigError
 from gradsift.base.ranks import spearman
-from gradsift.base.resampling import Estimate, bootstrap, estimate_of
+from gradsift.base.resampling import Estimate, bootstrap, estimate_of, estimated
 from gradsift.explanation.relevance import to_db
 
 EDGES_DB = (-20.0, -10.0, 0.0, 10.0, 20.0)
@@ -95,8 +94,6 @@ def agreement(
     supports: Sequence[float],
     shifts: Sequence[float | None],
     outputs: Sequence[str],
-    *,
-    edges_db: Sequence[float] = EDGES_DB,
 ) -> Agreement:
     """Agreement of relevance with support and shift over different selections, with intervals over outputs.
 
@@ -105,49 +102,36 @@ def agreement(
         supports: ξ⁺, nats.
         shifts: ξ^JSD; None where it is undefined, which leaves the cell out of its correlation.
         outputs: of which output each cell is.
-        edges_db: where the score bins part.
     """
-    if list(edges_db) != sorted(set(edges_db)):
-        raise ConfigError(f"the bins' edges are {list(edges_db)}: they must ascend")
-    decibels = np.array([to_db(ratio) for ratio in relevances])
-    above = decibels > 0
+    decibels, names = np.array([to_db(ratio) for ratio in relevances]), np.array(outputs, dtype=object)
     values = np.array(supports, dtype=np.float64)
     ratios = np.array([math.nan if shift is None else shift for shift in shifts], dtype=np.float64)
-    supported = values > 0
+    everywhere, above, supported = np.ones(len(decibels), dtype=bool), decibels > 0, values > 0
     correct = above == supported
-    everywhere = np.ones(len(decibels), dtype=bool)
-    limits = list(pairwise([-math.inf, *edges_db, math.inf]))
-    inside = [(decibels > low) & (decibels <= high) for low, high in limits]
-    pairs = [(values, everywhere), (ratios, everywhere), (values, above), (ratios, above)]
-    shares = [(correct, everywhere), (supported, above), (supported, everywhere)]
-    shares += [(of, among) for among in inside for of in (supported, correct)]
 
-    def figures(cells: NDArray[np.int64]) -> NDArray[np.float64]:
-        parts = [(with_, cells[among[cells]]) for with_, among in pairs]
-        found = [correlation(decibels[own], with_[own]).rho for with_, own in parts]
-        counts = [(of[cells] & among[cells]).sum() / max(1, among[cells].sum()) for of, among in shares]
-        there = [among[cells].any() for _, among in shares]
-        known = [share if any_ else math.nan for share, any_ in zip(counts, there, strict=True)]
-        return np.array([*(math.nan if rho is None else rho for rho in found), *known], dtype=np.float64)
+    def rho(with_: NDArray[np.float64], among: NDArray[np.bool_]) -> Correlation:
+        return correlation(decibels[among], with_[among], names[among].tolist())
 
-    drawn = bootstrap(figures, outputs)[1] if len(outputs) else np.full((1, len(pairs) + len(shares)), math.nan)
-    names = np.array(outputs, dtype=object)
-    correlations = [
-        _correlation(correlation(decibels[among], with_[among]), drawn[:, n], len(set(names[among])))
-        for n, (with_, among) in enumerate(pairs)
-    ]
-    proportions = [
-        _proportion(int((of & among).sum()), int(among.sum()), drawn[:, len(pairs) + n], len(set(names[among])))
-        for n, (of, among) in enumerate(shares)
-    ]
-    support, shift, support_above, shift_above = correlations
-    accuracy, precision, supported_, *binned = proportions
-    bins = tuple(
-        ScoreBin(None if math.isinf(low) else low, None if math.isinf(high) else high, of, right)
-        for (low, high), of, right in zip(limits, binned[::2], binned[1::2], strict=True)
+    def share(of: NDArray[np.bool_], among: NDArray[np.bool_]) -> Proportion:
+        return share_over(of[among].tolist(), names[among].tolist())
+
+    bins = []
+    for low, high in pairwise([None, *EDGES_DB, None]):
+        inside = everywhere if low is None else decibels > low
+        inside = inside if high is None else inside & (decibels <= high)
+        bins.append(ScoreBin(low, high, share(supported, inside), share(correct, inside)))
+    return Agreement(
+        cells=len(decibels),
+        outputs=len(set(outputs)),
+        support=rho(values, everywhere),
+        shift=rho(ratios, everywhere),
+        support_above=rho(values, above),
+        shift_above=rho(ratios, above),
+        accuracy=share(correct, everywhere),
+        precision=share(supported, above),
+        supported=share(supported, everywhere),
+        bins=tuple(bins),
     )
-    rhos, count = (support, shift, support_above, shift_above), len(set(outputs))
-    return Agreement(len(decibels), count, *rhos, accuracy, precision, supported_, bins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +164,7 @@ def change_of_correlation(
     a, b, kind = np.array(relevances)[kept], np.array(supports)[kept], kind[kept]
 
     def figures(cells: NDArray[np.int64]) -> NDArray[np.float64]:
-        rhos = [correlation(a[own], b[own]).rho for own in (cells[~kind[cells]], cells[kind[cells]])]
-        before, after = (math.nan if rho is None else rho for rho in rhos)
+        before, after = (_rho(a[own], b[own]) for own in (cells[~kind[cells]], cells[kind[cells]]))
         return np.array([before, after, after - before])
 
     if not kept:
@@ -192,20 +175,38 @@ def change_of_correlation(
     return before, after, change, len(shared)
 
 
-def correlation(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> Correlation:
-    """Spearman's rank correlation of two sequences; pairs with a NaN are left out."""
+def correlation(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, outputs: Sequence[str] = ()
+) -> Correlation:
+    """Spearman's rank correlation of two sequences, with its interval over outputs; pairs with a NaN are left out."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     known = ~(np.isnan(a) | np.isnan(b))
-    return Correlation(spearman(a[known], b[known]), int(known.sum()))
+    of = [output for output, there in zip(outputs, known, strict=False) if there]
+    a, b = a[known], b[known]
+    rho = spearman(a, b)
+    if rho is None or len(set(of)) < 2:
+        return Correlation(rho, len(a))
+    ends = estimated(lambda cells: _rho(a[cells], b[cells]), of, within=(-1, 1))
+    return Correlation(rho, len(a), ends.low, ends.high)
+
+
+def _rho(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Spearman's, NaN where there is none."""
+    found = spearman(a, b)
+    return math.nan if found is None else found
 
 
 def share_over(successes: Sequence[bool], outputs: Sequence[str]) -> Proportion:
     """How many succeed, with the share's interval over outputs."""
-    held = np.array(successes, dtype=bool)
+    held, units = np.array(successes, dtype=bool), len(set(outputs))
     if not len(held):
-        return _proportion(0, 0, np.empty(0), 0)
+        return Proportion(0, 0, None, None, None)
+    share, count = float(held.mean()), (int(held.sum()), len(held))
     _, drawn = bootstrap(lambda cells: np.array([held[cells].mean()]), outputs)
-    return _proportion(int(held.sum()), len(held), drawn[:, 0], len(set(outputs)))
+    if np.ptp(drawn) == 0:
+        return Proportion(*count, share, *wilson(share, units), units)
+    ends = estimate_of(share, drawn[:, 0], units, within=(0, 1))
+    return Proportion(*count, share, ends.low, ends.high, units)
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -221,21 +222,3 @@ def wilson(share: float, count: int) -> tuple[float, float]:
         0.0 if share == 0 else (centre - width) / scale,
         1.0 if share == 1 else (centre + width) / scale,
     )
-
-
-def _correlation(found: Correlation, drawn: NDArray[np.float64], outputs: int) -> Correlation:
-    if found.rho is None or outputs < 2:
-        return found
-    ends = estimate_of(found.rho, drawn, outputs, within=(-1, 1))
-    return replace(found, low=ends.low, high=ends.high)
-
-
-def _proportion(successes: int, count: int, drawn: NDArray[np.float64], outputs: int) -> Proportion:
-    if count == 0:
-        return Proportion(0, 0, None, None, None)
-    share = successes / count
-    there = drawn[np.isfinite(drawn)]
-    if not len(there) or np.ptp(there) == 0:
-        return Proportion(successes, count, share, *wilson(share, outputs), outputs)
-    ends = estimate_of(share, there, outputs, within=(0, 1))
-    return Proportion(successes, count, share, ends.low, ends.high, outputs)

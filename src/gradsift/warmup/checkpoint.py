@@ -65,15 +65,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's state by parameter name (as PEFT writes it): m, v in the parameter's layout, and steps taken.
-
-    options: (β1, β2, ε) that the optimizer ran with, where its file says so
-    """
+    """Adam's state by parameter name (as PEFT writes it): m, v in the parameter's layout, and steps taken."""
 
     exp_avg: Mapping[str, Tensor]
     exp_avg_sq: Mapping[str, Tensor]
     step: int
-    options: tuple[float, float, float] | None = None
+    options: tuple[float, float, float] | None = None  # (β1, β2, ε) that the optimizer ran with, where its file says so
 
 
 def open_checkpoint(adapter: str) -> Checkpoint:

@@ -75,8 +75,8 @@ def train_fully(
     config = training_config(data, ids, settings, model=model, dtype=precision, seed=seed) | {"full": True}
     config["training"] = {name: value for name, value in config["training"].items() if name not in _NO_ADAPTER}
     prefix = run.prefix("checkpoints", config)
-    output = _Models(run, prefix, settings.epochs, model, precision, device)
-    train_as(output, config, data, ids, settings, seed=seed, what=what, reporter=reporter)
+    output = _Models(run, prefix, settings, seed, (model, precision, device))
+    train_as(output, config, data, ids, what=what, reporter=reporter)
     return [run.name(f"{prefix}epoch-{epoch}") for epoch in range(1, settings.epochs + 1)]
 
 
@@ -149,7 +149,7 @@ class _Models(TrainingOutput):
         self.run.storage.delete(self._moments(epoch - 1))
 
     def complete(self) -> None:
-        self.run.storage.delete(self._moments(self.epochs))
+        self.run.storage.delete(self._moments(self.settings.epochs))
 
     def _moments(self, epoch: int) -> str:
         return f"{self.prefix}moments-{epoch}.safetensors"

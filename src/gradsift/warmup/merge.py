@@ -37,12 +37,8 @@ def check_merge(folder: str | Path) -> None:
 def merge(model: str, adapter: str, folder: str | Path, *, dtype: DtypeName = "auto", device: str = "auto") -> Path:
     """Write W + (α/r)·BA for every adapted W, with the other weights and the tokenizer; an equal merge is kept.
 
-    Args:
-        model: the base model's hub id or folder.
-        adapter: a PEFT adapter of it.
-        folder: new, or of an earlier merge, which is replaced.
-        dtype: that the weights are merged and written in; `auto` is as for `load_model`.
-        device: to merge on.
+    The folder is new, or of an earlier merge, which is replaced; weights are merged and written in `dtype`, of which
+    `auto` is as for `load_model`.
 
     Raises:
         ConfigError: the folder holds something else, or a quantised dtype.

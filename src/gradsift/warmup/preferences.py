@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.errors import ModelError
-from gradsift.base.lazy import Tensor, torch
+from gradsift.base.lazy import Tensor
 from gradsift.base.progress import Advance, Reporter
 from gradsift.data.pairs import Pairs
 from gradsift.execution.engine import LOCAL, Engine
-from gradsift.model.loss import head_at, pad
-from gradsift.model.models import DtypeName, host, input_device, model_identity
+from gradsift.model.losses import row_losses
+from gradsift.model.models import DtypeName, host, model_identity
 from gradsift.store.run import Run
 from gradsift.store.shares import kept_rows
 from gradsift.warmup.checkpoint import Checkpoint
@@ -83,15 +83,5 @@ def referred(
 def _some_contrasts(
     pairs: Pairs, base: tuple[str, DtypeName, str], adapter: str | None, start: int, stop: int, advance: Advance
 ) -> Tensor:
-    from gradsift.warmup.trainer import first_token_budget, micro_batches
-
-    network = host(*base).with_adapter(adapter)
-    place, found = input_device(network), torch.zeros(stop - start, dtype=torch.float64)
     sequences = pairs.sequences_at(range(start, stop))
-    with torch.inference_mode(), head_at(network) as head:
-        for part in micro_batches(sequences, first_token_budget(place)):
-            batch = pad(part, place)
-            rows = torch.tensor([sequence.row for sequence in part])
-            found.index_add_(0, rows[batch.owner.cpu()], head.nll(batch).double().cpu())
-            advance(len(part) // 2)
-    return found.clone()
+    return row_losses(host(*base).with_adapter(adapter), sequences, stop - start, on_rows=advance)

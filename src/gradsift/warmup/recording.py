@@ -32,48 +32,33 @@ RECORDING_FILE = "recording.json"
 
 
 class RecordingInfo(Record):
-    """How a training was done.
+    """How a training was done."""
 
-    files:      with how many steps of each, in order
-    parameters: names of what is trained, as PEFT writes them, in the model's order
-    optimizer:  betas, eps, weight_decay, and max_grad_norm (None clips nothing)
-    weights:    type of the base's
-    autocast:   the type that the trainer ran layers in; None is the weights'
-    dropout:    the largest probability of any layer, and the seed of the generator that draws
-    beta:       of TRL's DPOTrainer; None of a training on single answers
-    obstacles:  why the steps cannot be taken again, in words
-    """
-
-    files: dict[str, int]
-    parameters: list[str]
-    optimizer: dict[str, Any]
-    weights: str
-    autocast: str | None
-    dropout: dict[str, Any]
-    obstacles: list[str]
-    beta: float | None = None
+    files: dict[str, int]  # with how many steps of each, in order
+    parameters: list[str]  # names of what is trained, as PEFT writes them, in the model's order
+    optimizer: dict[str, Any]  # betas, eps, weight_decay, and max_grad_norm (None clips nothing)
+    weights: str  # type of the base's
+    autocast: str | None  # the type that the trainer ran layers in; None is the weights'
+    dropout: dict[str, Any]  # the largest probability of any layer, and the seed of the generator that draws
+    obstacles: list[str]  # why the steps cannot be taken again, in words
+    beta: float | None = None  # of TRL's DPOTrainer; None of a training on single answers
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What a recording holds. Rows count from 0 in the order in which they were first trained on.
-
-    rows:   token ids and labels of each
-    taken:  of each step the rows that it trains on, one that is trained on twice named twice
-    shares: of each of those, what the NLL of one of its labels counts for in the step's loss, or of DPO what the loss
-        of its pair counts for, above 0 for chosen and below for rejected answers; NaN where that is unknown
-    rates:  of each step
-    epochs: of each step, from 0
-    norms:  float32 `[step parameter]`, of the gradient of each parameter tensor as the optimizer got it
-    """
+    """What a recording holds. Rows count from 0 in the order in which they were first trained on."""
 
     folder: Path
     info: dict[str, Any]
-    rows: list[TokenizedExample] = field(repr=False)
+    rows: list[TokenizedExample] = field(repr=False)  # token ids and labels of each
+    # Of each step the rows that it trains on, one that is trained on twice named twice.
     taken: list[NDArray[np.int64]] = field(repr=False)
+    # Of each of those, what the NLL of one of its labels counts for in the step's loss, or of DPO what the loss of its
+    # pair counts for, above 0 for chosen and below for rejected answers; NaN where that is unknown.
     shares: list[NDArray[np.float64]] = field(repr=False)
-    rates: NDArray[np.float64] = field(repr=False)
-    epochs: NDArray[np.int64] = field(repr=False)
+    rates: NDArray[np.float64] = field(repr=False)  # of each step
+    epochs: NDArray[np.int64] = field(repr=False)  # of each step, from 0
+    # Float32 `[step parameter]`, of the gradient of each parameter tensor as the optimizer got it.
     norms: NDArray[np.float32] = field(repr=False)
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -185,7 +186,7 @@ def kept_training(
 ) -> list[Checkpoint] | None:
     """The checkpoints of a training of an adapter that the run folder has to its end; nothing is trained."""
     prefix = run.prefix("checkpoints", training_config(data, ids, settings, model=model, dtype=dtype, seed=seed))
-    output = _Adapters(run, prefix, settings, seed, model, dtype, "cpu")
+    output = _Adapters(run, prefix, settings, seed, (model, dtype, "cpu"))
     if run.manifest(prefix) is None or output.finished() < settings.epochs:
         return None
     return [_checkpoint(run, prefix, epoch) for epoch in range(1, settings.epochs + 1)]
@@ -217,12 +218,11 @@ def train(
         data: holds the examples.
         ids: of the examples; their order does not matter, one that is named twice counts twice.
         settings: of the training.
-        model: the base model's hub id or folder.
-        dtype: of the base model; the adapter is float32 (float64 on a float64 model).
+        model, dtype: the base model's hub id or folder, and its type; the adapter is float32 (float64 on a float64
+            model).
         device: `auto`, `cpu`, `cuda`, `cuda:1`, or `map`.
         seed: of the adapter's A matrices, the order of the examples, and dropout.
         what: the word for this training in messages.
-        reporter: where progress goes.
         check: given the network before its first step; what it raises ends the training.
 
     Returns:
@@ -238,28 +238,33 @@ def train(
     check_examples(data, ids, seed, what)
     config = training_config(data, ids, settings, model=model, dtype=dtype, seed=seed)
     prefix = run.prefix("checkpoints", config)
-    output = _Adapters(run, prefix, settings, seed, model, dtype, device)
-    train_as(output, config, data, ids, settings, seed=seed, what=what, reporter=reporter, check=check)
+    output = _Adapters(run, prefix, settings, seed, (model, dtype, device))
+    train_as(output, config, data, ids, what=what, reporter=reporter, check=check)
     return [_checkpoint(run, prefix, epoch) for epoch in range(1, settings.epochs + 1)]
 
 
+@dataclass(frozen=True)
 class TrainingOutput(ABC):
     """What a training makes: adapters, or whole models. It knows their files in the run folder.
 
+    base: the model's name, dtype and device
     learner, why_not: what messages call what learns, and why an epoch in which it did not is refused
     """
 
     learner: ClassVar[str]
     why_not: ClassVar[str] = ""
 
-    def __init__(self, run: Run, prefix: str, epochs: int, model: str, dtype: DtypeName, device: str) -> None:
-        self.run, self.prefix, self.epochs = run, prefix, epochs
-        self.base: tuple[str, DtypeName, str] = model, dtype, device
+    run: Run
+    prefix: str
+    settings: Training
+    seed: int
+    base: tuple[str, DtypeName, str]
 
     def finished(self) -> int:
         """How many epochs, from the first, are there in full."""
-        folders = (f"{self.prefix}epoch-{epoch}/" for epoch in range(1, self.epochs + 1))
-        return next((number for number, folder in enumerate(folders) if not self.whole(folder)), self.epochs)
+        epochs = self.settings.epochs
+        folders = (f"{self.prefix}epoch-{epoch}/" for epoch in range(1, epochs + 1))
+        return next((number for number, folder in enumerate(folders) if not self.whole(folder)), epochs)
 
     @abstractmethod
     def whole(self, folder: str) -> bool:
@@ -293,15 +298,14 @@ def train_as(
     config: Mapping[str, Any],
     data: Dataset,
     ids: Sequence[str],
-    settings: Training,
     *,
-    seed: int,
     what: str,
     reporter: Reporter | None,
     check: Callable[[Any], None] | None = None,
 ) -> None:
     """Train what is missing of all epochs, as the output asked for; see `train`."""
-    run, prefix, finished, reporter = output.run, output.prefix, output.finished(), reporter or silent()
+    run, prefix, settings = output.run, output.prefix, output.settings
+    finished, reporter = output.finished(), reporter or silent()
     if run.manifest(prefix) is not None and finished == settings.epochs:
         return
     for epoch in range(finished + 1, settings.epochs + 1):
@@ -328,7 +332,7 @@ def train_as(
             data = referred(run, some, model=model, dtype=dtype, device=device, reporter=reporter)
         output.prepare()
         positions = data.positions(sorted(ids))
-        StepTrainer(output, data, positions, settings, seed, batch_size, what, reporter, check).train(finished)
+        StepTrainer(output, data, positions, batch_size, what, reporter, check).train(finished)
         empty_device_cache()  # what the optimizer held
         give_back_memory()
     run.storage.delete(f"{prefix}{PARTIAL}")
@@ -412,12 +416,6 @@ class _Adapters(TrainingOutput):
     learner = "adapter"
     why_not = ", and gradients vanish where every LoRA B is zero"
 
-    def __init__(
-        self, run: Run, prefix: str, settings: Training, seed: int, model: str, dtype: DtypeName, device: str
-    ) -> None:
-        super().__init__(run, prefix, settings.epochs, model, dtype, device)
-        self._settings, self._seed = settings, seed
-
     def whole(self, folder: str) -> bool:
         """By all files of an epoch, as they were written; checkpoint.json is written last and has their checksums."""
         storage = self.run.storage
@@ -432,7 +430,7 @@ class _Adapters(TrainingOutput):
     def network(self, finished: int) -> AbstractContextManager[Any]:
         from gradsift.warmup.trainer import adapter_on
 
-        return adapter_on(host(*self.base).base(), self._settings, self._seed)
+        return adapter_on(host(*self.base).base(), self.settings, self.seed)
 
     def state(self, finished: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
         from safetensors.torch import load

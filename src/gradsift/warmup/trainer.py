@@ -26,6 +26,7 @@ from gradsift.base.progress import Reporter
 from gradsift.base.types import Sequence
 from gradsift.data.dataset import Dataset
 from gradsift.model.adapters import BareModel, own_randomness
+from gradsift.model.batching import form_batches
 from gradsift.model.loss import DPO, head_at, pad
 from gradsift.model.models import parameter_name
 from gradsift.store.tensors import publish_tensors, read_tensors
@@ -61,15 +62,11 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of an optimizer step.
-
-    sequences: their `row` is a position in `ids`
-    dpo: what makes a row's loss of the sum over its sequences, where that is not the loss
-    """
+    """The rows of an optimizer step."""
 
     ids: SequenceABC[str]
-    sequences: SequenceABC[Sequence]
-    dpo: DPO | None = None
+    sequences: SequenceABC[Sequence]  # their `row` is a position in `ids`
+    dpo: DPO | None = None  # what makes a row's loss of the sum over its sequences, where that is not the loss
 
     @classmethod
     def of(cls, data: Dataset, positions: SequenceABC[int]) -> StepRows:
@@ -149,8 +146,6 @@ class StepTrainer:
     output: TrainingOutput
     data: Dataset
     positions: list[int]
-    settings: Training
-    seed: int
     batch_size: int
     what: str
     reporter: Reporter
@@ -158,6 +153,7 @@ class StepTrainer:
 
     def __post_init__(self) -> None:
         self.run, self.prefix = self.output.run, self.output.prefix
+        self.settings, self.seed = self.output.settings, self.output.seed
         self.steps_per_epoch = -(-len(self.positions) // self.batch_size)
         self.total_steps = self.settings.epochs * self.steps_per_epoch
         self._order: tuple[int, Any] = (-1, None)
@@ -241,11 +237,10 @@ class StepTrainer:
             losses = torch.zeros(len(rows.ids), dtype=torch.float64, device=self._place)
             torch.manual_seed(int(np.random.SeedSequence((self.seed, self.step)).generate_state(1, np.uint64)[0] >> 1))
             try:
-                for part in micro_batches(rows.sequences, self._token_budget):
-                    self._backward(part, rows, losses)
-                    done = len({sequence.row for sequence in part})
-                    self._advance(done)
-                    reported += done
+                for batch in form_batches(rows.sequences, self._token_budget, whole=True):
+                    self._backward(batch.sequences, rows, losses)
+                    self._advance(len(batch.rows))
+                    reported += len(batch.rows)
                 break
             except torch.cuda.OutOfMemoryError as error:
                 longest = max(len(sequence.token_ids) for sequence in rows.sequences)
@@ -406,23 +401,6 @@ def learning_rates(settings: Training, total_steps: int) -> list[float]:
     )
     (curve,) = schedule.lr_lambdas
     return [settings.learning_rate * curve(step) for step in range(total_steps)]
-
-
-def micro_batches(sequences: SequenceABC[Sequence], token_budget: int) -> list[list[Sequence]]:
-    """Sequences, longest first, cut so that count × longest ≤ `token_budget`, those of a row together; a row that is
-    longer goes alone.
-    """
-    rows: dict[int, list[Sequence]] = {}
-    for sequence in sequences:
-        rows.setdefault(sequence.row, []).append(sequence)
-    parts: list[list[Sequence]] = []
-    longest = 0
-    for own in sorted(rows.values(), key=lambda own: -max(len(sequence.token_ids) for sequence in own)):
-        if not parts or (len(parts[-1]) + len(own)) * longest > token_budget:
-            parts.append([])
-            longest = max(len(sequence.token_ids) for sequence in own)
-        parts[-1] += own
-    return parts
 
 
 def first_token_budget(place: torch.device) -> int:

@@ -12,7 +12,6 @@ import psutil
 from gradsift.base.lazy import torch
 from gradsift.base.memory import empty_device_cache, free_bytes
 from gradsift.base.types import Sequence
-from gradsift.gradients.folding import Captured
 
 _GRADIENT_COPIES = 5  # of a module's gradients: itself, Adam's numerator and denominator, folded and gathered
 _CACHED = 512 * 576  # entries of one activation of a batch at which a CPU is at full speed
@@ -20,17 +19,12 @@ _CACHED = 512 * 576  # entries of one activation of a batch at which a CPU is at
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences that run together.
-
-    rows: position in the shard of each row the batch adds to, in the order of `owner`'s numbers
-    owner: for each sequence, which of `rows` it belongs to
-    last: False where more batches of the same single row follow
-    """
+    """Sequences that run together."""
 
     sequences: tuple[Sequence, ...]
-    rows: tuple[int, ...]
-    owner: tuple[int, ...]
-    last: bool = True
+    rows: tuple[int, ...]  # position in the shard of each row the batch adds to, in the order of `owner`'s numbers
+    owner: tuple[int, ...]  # for each sequence, which of `rows` it belongs to
+    last: bool = True  # False where more batches of the same single row follow
 
     @property
     def tokens(self) -> int:
@@ -43,15 +37,13 @@ class Batch:
         return len(self.rows) == len(self.sequences)
 
 
-def form_batches(sequences: SequenceABC[Sequence], token_budget: int, sequence_tokens: int = 0) -> list[Batch]:
+def form_batches(
+    sequences: SequenceABC[Sequence], token_budget: int, sequence_tokens: int = 0, *, whole: bool = False
+) -> list[Batch]:
     """Group sequences so that rows × longest ≤ `token_budget`; all sequences of a row stay together where they fit.
 
-    A row whose sequences exceed the budget gets batches of its own, all but the last marked `last=False`.
-
-    Args:
-        sequences: to group.
-        token_budget: padded tokens of a batch.
-        sequence_tokens: what each sequence costs beside its tokens, in tokens.
+    A row whose sequences exceed the budget gets batches of its own, all but the last marked `last=False`; where it is
+    to stay `whole`, one. `sequence_tokens` is what each sequence costs beside its tokens, in tokens.
     """
     units: dict[int, list[Sequence]] = {}
     for sequence in sequences:
@@ -62,7 +54,7 @@ def form_batches(sequences: SequenceABC[Sequence], token_budget: int, sequence_t
     count = longest = 0
     for row, unit in ordered:
         length = max(len(s.token_ids) for s in unit) + sequence_tokens
-        if length * len(unit) > token_budget and len(unit) > 1:
+        if length * len(unit) > token_budget and len(unit) > 1 and not whole:
             size = max(1, token_budget // length)
             parts = [unit[i : i + size] for i in range(0, len(unit), size)]
             batches += [Batch(tuple(p), (row,), (0,) * len(p), last=p is parts[-1]) for p in parts]
@@ -87,7 +79,7 @@ class Budget:
     """
 
     def __init__(self, tokens: int, sequence_tokens: int, device: torch.device) -> None:
-        self.tokens, self._sequence_tokens, self._device = tokens, sequence_tokens, device
+        self.tokens, self._sequence_tokens, self.device = tokens, sequence_tokens, device
 
     def units(self, sequences: SequenceABC[Sequence]) -> list[Unit]:
         """Sequences as batches of today's size."""
@@ -105,10 +97,10 @@ class Budget:
         leave_out: Callable[[Batch, str], None],
         stopped: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Have a unit taken, in smaller batches where memory does not suffice, and all that follow in those.
+        """Have a unit, formed at any earlier size, taken in smaller batches where memory does not suffice, as all that
+        follow.
 
         Args:
-            unit: formed at any earlier size.
             take: takes a unit, or changes nothing and returns the batch for which memory did not suffice.
             leave_out: told of a single sequence that does not fit even alone, and why its row is left out.
             stopped: whether the rest is to be left, asked after each.
@@ -128,7 +120,7 @@ class Budget:
             empty_device_cache()
             whole = waiting.pop(0)
             if len(failed.sequences) == 1:
-                where = f"does not fit in the memory of {self._device} even alone"
+                where = f"does not fit in the memory of {self.device} even alone"
                 leave_out(failed, f"a sequence of {failed.tokens} tokens {where}")
             else:
                 self.tokens = max(1, min(self.tokens, failed.tokens) // 2)
@@ -186,9 +178,8 @@ def budget_from(free_bytes: float, bytes_per_token: float, *, fixed_bytes: float
 
 
 def line_through(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
-    """(intercept, slope) of the peaks `(tokens, bytes)` of two batches, neither below zero.
-
-    Where the larger batch did not need more, all of its bytes are counted as its tokens'.
+    """(intercept, slope) of the peaks `(tokens, bytes)` of two batches, neither below zero; where the larger batch did
+    not need more, all of its bytes are counted as its tokens'.
 
     >>> line_through((1000, 3e8), (3000, 7e8))
     (100000000.0, 200000.0)
@@ -216,11 +207,9 @@ def repeated(known: SequenceABC[Sequence], tokens: int) -> list[Sequence]:
 
 
 def measured_token_budget(devices: SequenceABC[torch.device], run: Callable[[int], int]) -> int:
-    """Tokens per batch for GPUs, from the peaks of memory of two small batches.
+    """Tokens per batch for GPUs, of which the fullest decides, from the peaks of memory of two small batches.
 
-    Args:
-        devices: the GPUs that the model lies on; the fullest one decides.
-        run: runs a batch of about so many tokens and tells how many there were, fewer where memory ran out.
+    `run` runs a batch of about so many tokens and tells how many there were, fewer where memory ran out.
     """
     small, large = 1024, 4096
     ran = run(small)  # whatever is made once and kept is made now
@@ -244,27 +233,17 @@ def measured_token_budget(devices: SequenceABC[torch.device], run: Callable[[int
 
 
 def sequence_tokens(model: Any, largest_module: int, row_bytes: int) -> int:
-    """What a sequence costs beside its tokens, as a number of tokens: gradients of one module in a few copies, its row.
-
-    Args:
-        model: for what a token costs.
-        largest_module: entries of the largest weight whose gradient is taken.
-        row_bytes: of a projected row in all views.
+    """What a sequence costs beside its tokens, as a number of tokens: gradients of one module in a few copies, the
+    largest of so many entries, and its projected row in all views.
     """
     return (_GRADIENT_COPIES * 4 * largest_module + row_bytes) // _activation_bytes(model)
 
 
-def automatic_lanes(
-    model: Any, longest: int, token_budget: int | None = None, modules: SequenceABC[Captured] = ()
-) -> int:
+def automatic_lanes(model: Any, longest: int, token_budget: int | None = None, modules: SequenceABC[Any] = ()) -> int:
     """Batches to run at once: on a CPU one per thread, as far as a third of the free memory holds; on a GPU one, and
-    where modules run again, whose parameters then require gradients.
+    where captured modules run again, whose parameters then require gradients.
 
-    Args:
-        model: on the device it will run on.
-        longest: tokens of the longest sequence, which runs alone where it exceeds the budget.
-        token_budget: of each batch, where it is given and not the automatic one.
-        modules: that are captured.
+    `longest` are the tokens of the longest sequence, which runs alone where it exceeds the budget of each batch.
     """
     if next(model.parameters()).device.type != "cpu" or any(captured.again is not None for captured in modules):
         return 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.types import Sequence
-from gradsift.gradients.batching import automatic_token_budget, form_batches
+from gradsift.model.batching import automatic_token_budget, form_batches
 from gradsift.model.loss import head_at, pad, to_device
 from gradsift.model.models import input_device
 
@@ -20,13 +20,10 @@ def row_losses(
     *,
     on_rows: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Σ over a row's sequences of Σ_t w_t·NLL_t in nats, float64 `[row]`, without dropout as the model stands.
+    """Σ over a row's sequences of Σ_t w_t·NLL_t in nats, float64 `[row]`, by a causal language model in evaluation
+    mode.
 
-    Args:
-        model: a causal language model in evaluation mode.
-        sequences: their `row` is a position below `row_count`.
-        row_count: number of rows.
-        on_rows: told how many rows were done.
+    The sequences' `row` is a position below `row_count`; `on_rows` is told how many rows were done.
     """
     device = input_device(model)
     losses = torch.zeros(row_count, dtype=torch.float64, device=device)

@@ -646,6 +646,13 @@ def test_methods_go_by_their_labels() -> None:
         _ = Bench(methods=(gs.BM25(), gs.BM25(k1=2.0))).judged
 
 
+def test_one_method_and_rows_of_ones_own(opened: tuple[gs.Pool, gs.Target]) -> None:
+    """A method needs no list; what a command plants is not in a pool that Python opened, which is said."""
+    assert bench(*opened, Knowing(), settings=Bench(class_column="source")).methods[0] == "knowing +1"
+    with pytest.raises(ConfigError, match="plant changes rows as a command or a recipe reads them"):
+        bench(*opened, Knowing(), settings=Bench(plant="mislabel:5%"))
+
+
 def test_a_benchmark_is_a_value(opened: tuple[gs.Pool, gs.Target]) -> None:
     """What JSON says of it holds every figure with its interval."""
     found = bench(*opened, [Knowing()], settings=Bench(class_column="source"))

@@ -183,7 +183,7 @@ class Bench(Settings):
 def bench(
     pool: Pool,
     target: Target,
-    methods: Sequence[Estimator] | None = None,
+    methods: Estimator | Sequence[Estimator] | None = None,
     *,
     settings: Bench | None = None,
 ) -> Benchmark:
@@ -195,7 +195,7 @@ def bench(
     Args:
         pool: from `open_pool`; retraining is by its `warmup`, on all of `pool.data`.
         target: from `open_target`; without subtasks, classes are its subtasks.
-        methods: what is judged, in place of those of `settings`.
+        methods: what is judged, one or several, in place of those of `settings`.
         settings: the measures and their sizes.
 
     Raises:
@@ -210,7 +210,8 @@ def bench(
     own = settings or Bench()
     target = classed(target, own)
     if methods is not None:
-        own = own.model_copy(update={"methods": tuple(methods)})
+        given = (methods,) if isinstance(methods, Estimator) else tuple(methods)
+        own = own.model_copy(update={"methods": given})
     judge = Judgement(pool, target, own)
     by_measure = own.trainings(int(judge.available.sum()), target.subtasks)
     if trainings := [one for found in by_measure.values() for one in found]:
@@ -441,6 +442,11 @@ class Judgement:
     def marked(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Which rows are to be found, and among which, `[row]`."""
         settings = self.settings
+        if settings.plant is not None and not any(self.pool.data.values("planted")):
+            raise ConfigError(
+                "plant changes rows as a command or a recipe reads them: open a pool of changed rows, and say which "
+                "those are (marked)"
+            )
         wanted = self._rows_of("planted=yes" if settings.plant is not None else str(settings.marked), "marked")
         among = self.available if settings.among is None else self.available & self._rows_of(settings.among, "among")
         if not (wanted & among).any() or not (~wanted & among).any():

@@ -80,7 +80,8 @@ class _OfStates(Estimator):
             config = _config(pool, at, *self.pooled()) | {"data": data.fingerprint}
             kept = known and pool.run.manifest(pool.run.prefix("states", config))
             tokens = float(sum(data.token_counts()))
-            found.append(Passes("hidden states", len(data.ids), tokens, bool(kept), forward=True))
+            stored = {"states": len(data.ids)}
+            found.append(Passes("hidden states", len(data.ids), tokens, bool(kept), forward=True, stored=stored))
         return found
 
     def _at(self, pool: Pool) -> Checkpoint | None:

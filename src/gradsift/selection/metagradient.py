@@ -132,8 +132,9 @@ class MetagradientDescent(SmoothTraining, Selector):
         measured = self.rounds * (len(steering) + self.trainings * len(measuring))
         trained = self.rounds * (1 + self.trainings) * own
         taken = (self.rounds - 1) * (FIRST_BACK * own + beside) * each
+        left = self.rounds * (self.trainings * epochs + 1)  # checkpoints of trainings, and a way back or an end
         return [
-            Passes("descent's trainings", trained, trained * each, done),
+            Passes("descent's trainings", trained, trained * each, done, stored={"adapters": left}),
             Passes("descent's ways back", (self.rounds - 1) * (own + beside), taken, done),
             Passes("descent's losses", measured, measured * float(target.data.lengths.mean()), done, forward=True),
         ]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gradsift.base.types import Skipped
-from gradsift.compare.chosen import choice_view, length_edges
+from gradsift.compare.chosen import choice_view, lengths_table
 from gradsift.compare.costs import StageCost
 from gradsift.compare.grid import Key
 from gradsift.compare.shown import comparison_page
@@ -40,9 +40,7 @@ from gradsift.influence.shown import score_chart
 from gradsift.jobs.explanation_pages import relevance_page
 from gradsift.jobs.report import outcome_blocks
 from gradsift.report.blocks import (
-    Bars,
     Block,
-    Chart,
     Choice,
     Example,
     Examples,
@@ -406,9 +404,7 @@ def comparison(points: int = 400, *, words: int = 30) -> Page:
     drawn = Map(tuple(examples), (Space("Texts", "near = they say alike", places),), tuple(views),
                 "examples on the map that were not chosen", folded=True, legend=legend)  # fmt: skip
     skills = Counter(row["skill"] for row in pool)
-    lengths = np.array([20 + n % 300 for n in range(points)])
-    edges = length_edges(lengths)
-    counts = np.histogram(lengths, edges)[0] / points
+    lengths = SimpleNamespace(lengths=np.array([20 + n % 300 for n in range(points)]))
     sources: list[Block] = []
     shapes: list[Block] = []
     for size in SIZES:
@@ -423,15 +419,8 @@ def comparison(points: int = 400, *, words: int = 30) -> Page:
                 (shares_table("skill", skills, points, own, series=series, title=f"{size:,} examples"),),
             )
         )
-        shares = [
-            np.histogram(lengths[sets[Key(arm, size, 0)]], edges)[0] / len(sets[Key(arm, size, 0)]) for arm in ARMS
-        ]
-        charts = [
-            Chart("Lengths", arm, "median 90", axis="tokens", series=n,
-                  bars=Bars(edges, tuple(counts), tuple(shares[n]), top=0.4, outline=True))
-            for n, arm in enumerate(ARMS)
-        ]  # fmt: skip
-        shapes.append(Choice({"k": str(size)}, (Group(tuple(charts), style="small"),)))
+        chosen = [(n, arm, lengths, sets[Key(arm, size, 0)]) for n, arm in enumerate(ARMS)]
+        shapes.append(Choice({"k": str(size)}, (lengths_table(size, lengths, chosen),)))
     ends = []
     for title, listed in (("Highest", pool[:5]), ("Lowest", pool[5:10])):
         ends.append(Group((Examples(tuple(example(row, 0.9 - n / 10, n + 1) for n, row in enumerate(listed))),), title))

@@ -619,8 +619,11 @@ def plan(given: Given, recipe: Path | None) -> None:
             if given[name] is None:
                 raise click.BadParameter(f"give --{name}, or a recipe")
         recipes = [_recipe(given)]
-    found = [estimate(one, _reporter(given), command=given["for"]) for one in recipes]
-    _tell(given, lambda: found[0] if len(found) == 1 else found, lambda: [*map(print_estimate, found)])
+    failed: list[str] = []
+    work = partial(estimate, reporter=_reporter(given), command=given["for"])
+    found = [one for _, one in _each(recipes, work, failed, given)]
+    _tell(given, lambda: found[0] if len(recipes) == 1 else found, lambda: [*map(print_estimate, found)])
+    _end_incomplete(failed)
 
 
 @_command(of.JSON, required=(), name="list", arguments=(click.Argument(["section"], required=False),))
@@ -671,6 +674,21 @@ def _read_recipes(path: Path, given: Given) -> list[Any]:
     )
 
 
+def _each(
+    recipes: Sequence[Any], work: Callable[[Any], Any], failed: list[str], given: Given
+) -> Iterator[tuple[Any, Any]]:
+    """Each of a recipe's models and what comes of it. Of several one that fails is noted, and the others go on."""
+    from gradsift.base.attempts import Stopped, attempted
+
+    for one in recipes:
+        made = work(one) if len(recipes) == 1 else attempted(one.out, partial(work, one))
+        if isinstance(made, Stopped):
+            failed.append(f"{made.stage}: {made.error}")
+            _reporter(given).warn(f"{failed[-1]}; the other models go on")
+        else:
+            yield one, made
+
+
 _RECIPE = (click.Argument(["recipe"], type=click.Path(path_type=Path)),)
 _ELSEWHERE = (*of.OUT, *of.ENGINE, *of.SET, of.JSON, of.QUIET, of.DEBUG)
 
@@ -681,7 +699,7 @@ def run(given: Given, recipe: Path) -> None:
 
     Example: gradsift run math.yaml
     """
-    from gradsift.jobs.models import write_models
+    from gradsift.jobs.explanation_pages import write_models
     from gradsift.jobs.results import summary
     from gradsift.jobs.select_explain import run_recipe
     from gradsift.report.terminal import console, draw
@@ -689,16 +707,21 @@ def run(given: Given, recipe: Path) -> None:
     recipes = _read_recipes(recipe, given)
     as_list, contents, results = len(recipes) > 1 and given["json"], [], []
     failed: list[str] = []
-    for one in recipes:
-        if one.bench is not None:
-            from gradsift.jobs.bench import run_bench
 
-            judged = run_bench(one, _reporter(given))
-            contents.append(judged.as_dict()) if as_list else _print_bench(judged, given)
-            failed += _failures(judged)
+    def work(one: Any) -> Any:
+        if one.bench is None:
+            return run_recipe(one, _reporter(given))
+        from gradsift.jobs.bench import run_bench
+
+        return run_bench(one, _reporter(given))
+
+    for one, found in _each(recipes, work, failed, given):
+        if one.bench is not None:
+            contents.append(found.as_dict()) if as_list else _print_bench(found, given)
+            failed += _failures(found)
         else:
-            results.append(result := run_recipe(one, _reporter(given)))
-            contents.append(summary(result)) if as_list else _print_result(result, given)
+            results.append(found)
+            contents.append(summary(found)) if as_list else _print_result(found, given)
     by_model = write_models(results)
     if as_list or by_model:
         _tell(given, lambda: contents, lambda: draw(by_model, console()))
@@ -726,14 +749,16 @@ def compare(given: Given, recipe: Path) -> None:
     from gradsift.compare.run import run_compare
     from gradsift.compare.shown import print_comparison
 
-    results = [run_compare(one, _reporter(given)) for one in _read_recipes(recipe, given)]
-    contents = [result.as_dict() for result in results]
-    _tell(given, lambda: contents[0] if len(contents) == 1 else contents, lambda: [*map(print_comparison, results)])
-    _end_incomplete([
-        f"{one.arm}, {one.budget} examples, seed {one.seed}, {one.stage}: {one.error}"
-        for result in results
-        for one in result.failures
-    ])  # fmt: skip
+    recipes, failed, contents = _read_recipes(recipe, given), list[str](), []
+    for _, found in _each(recipes, partial(run_compare, reporter=_reporter(given)), failed, given):
+        contents.append(found.as_dict())
+        if not given["json"]:
+            print_comparison(found)
+        failed += [
+            f"{one.arm}, {one.budget} examples, seed {one.seed}, {one.stage}: {one.error}" for one in found.failures
+        ]
+    _tell(given, lambda: contents[0] if len(recipes) == 1 else contents, lambda: None)
+    _end_incomplete(failed)
 
 
 @_command(_LABELLED, _STAGES, of.BENCH, of.REWARD, _RUN)

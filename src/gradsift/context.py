@@ -150,6 +150,11 @@ class Target:
         """The rows that have an answer, tokenised; None where there is none."""
         return self.data if isinstance(self.data, Dataset) else None
 
+    @property
+    def labelled(self) -> Target:
+        """The part that has an answer to learn: all of it, but of prompts."""
+        return self
+
 
 def setup_of(
     model: str, out: str | Run, dtype: DtypeName, device: str, reporter: Reporter | None, **chat: Any

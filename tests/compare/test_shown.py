@@ -7,11 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import page_examples
-from gradsift.compare.chosen import choice_view, length_edges
+from gradsift.compare.chosen import choice_view
 from gradsift.compare.costs import StageCost
 from gradsift.compare.grid import Key
 from gradsift.compare.shown import Shown, comparison_page
@@ -191,22 +189,6 @@ def test_a_choice_on_the_map_knows_what_each_seed_chose() -> None:
     assert "3 of the 3" in view.words
     assert "chooses no part" in choice_view(2, ARMS[2], 10, sets, {5: 0}).words
     assert choice_view(0, ARMS[0], 10, sets, {5: 0}).picks == ()
-
-
-@given(st.lists(st.integers(1, 200_000), min_size=1, max_size=60))
-def test_bins_hold_every_length(lengths: list[int]) -> None:
-    """At most 12 ascending bins; whatever the lengths, each falls into one."""
-    edges = length_edges(np.array(lengths))
-    assert 1 <= len(edges) - 1 <= 12
-    assert list(edges) == sorted(set(edges))
-    assert np.histogram(lengths, edges)[0].sum() == len(lengths)
-
-
-def test_a_few_long_rows_do_not_flatten_the_bins() -> None:
-    """Where 2 % of the rows are a hundred times as long, the others still fill most of the bins."""
-    edges = length_edges(np.array([*range(100, 200), 20_000, 30_000]))
-    assert sum(edge <= 200 for edge in edges) >= 10
-    assert edges[-1] == 30_000
 
 
 def test_a_recipe_with_rows_and_functions_in_memory_is_still_told() -> None:

@@ -17,17 +17,14 @@ from hypothesis import strategies as st
 
 import page_examples
 from gradsift.explanation import page
-from gradsift.explanation.page import redundancy
 from gradsift.explanation.result import ChosenExample, StrategyResult
 from gradsift.explanation.shown import (
     explained_blocks,
     explanation_file,
     shown_db,
 )  # fmt: skip
-from gradsift.explanation.table import relevance_table
-from gradsift.explanation.table_shown import relevance_blocks
-from gradsift.jobs.explanation_pages import spread_blocks
-from gradsift.report.blocks import Cell, Choice, Examples, Fold, Map, Section, Table, Text, Verdict, walk
+from gradsift.explanation.table import relevance_blocks, relevance_table
+from gradsift.report.blocks import Cell, Examples, Fold, Map, Section, Table, Text, Verdict, walk
 from gradsift.store.run import Run
 
 
@@ -63,41 +60,10 @@ def test_tables_ascend_as_in_the_paper() -> None:
     assert isinstance(shown.rows[-1].cells[1], Cell)
     assert [column.name for column in shown.columns][-3:] == ["AUC", "95 % at k=10", "above 0 dB"]
     assert "3 outputs and 5 random draws" in shown.title
-    (narrow, _) = relevance_blocks(table, above=False)
-    assert isinstance(narrow, Table)
-    assert len(narrow.columns) == 7
     good = [replace(entry, results=tuple(r for r in entry.results if "FL" in r.strategy)) for entry in entries]
     first = relevance_blocks(relevance_table(good))[0]
     assert isinstance(first, Table)
     assert not any(row.ruled for row in first.rows)
-
-
-def test_spreads_hold_every_output_under_each_budget() -> None:
-    """A strip has a stroke for each output; those beyond 60 dB are drawn at the edge, and told as they are."""
-    entries = [page_examples.explained(page_examples.rows(30), seed=n)[0] for n in range(5)]
-    table = relevance_table(entries)
-    values = {
-        (row.estimator, row.strategy, k): [1.0, 2.0, 3.0, 4.0, 120.0] for row in table.rows for k in table.budgets
-    }
-    choices = [block for block in spread_blocks(table, values) if isinstance(block, Choice)]
-    assert [choice.when for choice in choices] == [{"k": str(k)} for k in (1, 5, 10, 25)]
-    drawn = next(block for block in walk(choices[0].blocks) if isinstance(block, Table)).rows[0].cells
-    assert isinstance(drawn[1], Cell)
-    assert drawn[1].bar is not None
-    assert drawn[1].bar.strokes == (1.0, 2.0, 3.0, 4.0, 60.0)
-    assert drawn[2:4] == ("+3.00", "+2.0 to +4.0")
-
-
-def test_redundancy_names_the_most_alike() -> None:
-    """The mean of all pairs, the pair with the largest cosine, and only the half below the diagonal."""
-    fold = redundancy([[1.0, 0.2, -0.4], [0.2, 1.0, 0.5], [-0.4, 0.5, 1.0]])
-    words, table = fold.blocks
-    assert isinstance(words, Text)
-    assert "+0.10 on average; 2 and 3 are most alike (+0.50)" in words.text
-    assert isinstance(table, Table)
-    assert [[getattr(cell, "text", cell) for cell in row.cells] for row in table.rows] == [
-        ["1", "", "", ""], ["2", "0.20", "", ""], ["3", "−0.40", "0.50", ""],
-    ]  # fmt: skip
 
 
 def test_the_best_strategy_is_unfolded_and_each_note_is_said_once() -> None:

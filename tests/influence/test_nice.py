@@ -24,13 +24,16 @@ from gradsift.gradients.projection import Projection
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.datainf import datainf_scores
 from gradsift.influence.less import LESS, less_scores
+from gradsift.influence.magic import MAGIC
 from gradsift.influence.nice import NICE, NICEIF, PolicyTargets, checkpoint_name, sampler_of, signal_warnings
 from gradsift.influence.prompts import PromptTarget, RewardSummary, open_prompts
 from gradsift.influence.random import Random
+from gradsift.influence.rerank import Rerank
 from gradsift.influence.scores import aggregated, score
 from gradsift.model.models import load_tokenizer
 from gradsift.rewards.form import Length
 from gradsift.rewards.function import Function
+from gradsift.validation.bench import Bench, bench
 from tiny_world import World, pool_rows, save_model, target_rows
 
 NONE = Gradients(projection=Projection(kind="none"), dtype="float32")
@@ -145,7 +148,7 @@ def test_a_reward_for_more_of_a_token_prefers_rows_that_raise_it(pool: Pool) -> 
 
 
 def test_labels_and_controls_on_the_same_prompts(pool: Pool) -> None:
-    """Where every prompt has an answer LESS takes it, as from a labelled target; the rest of a target is refused."""
+    """LESS takes the prompts that have an answer, as from a labelled target, and says which ones do not count."""
     labelled = open_prompts(target_rows(), pool, vowels, subtask="task")
     assert labelled.labels is not None
     plain = open_target(target_rows(), pool, subtask="task")
@@ -155,9 +158,19 @@ def test_labels_and_controls_on_the_same_prompts(pool: Pool) -> None:
     assert bare.labels is None
     for control in (BM25(), BM25(tokens="model"), Random(seed=1)):
         assert len(np.unique(score(pool, bare, control).aggregate)) > 1
-    half = open_prompts([*target_rows()[:3], prompts_only()[3]], pool, vowels)
-    with pytest.raises(ConfigError, match=r"LESS needs labels, and 1 of 4 prompts have no answer: use NICE"):
-        score(pool, half, LESS())
+    lacking = [*target_rows()[:3], prompts_only()[3]]
+    half = open_prompts(lacking, pool, vowels, subtask="task")
+    rest = open_target(target_rows()[:3], pool, subtask="task")
+    for method in (LESS(), MAGIC(), Rerank(then=LESS(), candidates=3)):
+        found = score(pool, half, method)
+        assert "1 of 4 prompts without an answer to learn do not count, first 't3'" in found.warnings[0]
+        assert found.target_ids == ["t0", "t1", "t2"]
+        assert np.array_equal(found.aggregate, score(pool, rest, method).aggregate)
+    judged = bench(pool, half, [LESS(), BM25()], settings=Bench(marked="source=colour"))
+    assert "nor do they for other methods" in judged.warnings[0]
+    assert not judged.failed
+    with pytest.raises(ConfigError, match="LESS needs labels, and none of 4 prompts has an answer to learn: use NICE"):
+        score(pool, bare, LESS())
     with pytest.raises(ConfigError, match="ranks by a reward, and none is named: give --reward"):
         score(pool, plain, NICE(sampling=FEW))
 

@@ -358,11 +358,8 @@ def test_a_picked_method_is_marked_everywhere(show: Callable[..., Any]) -> None:
 
 
 def test_outputs_are_ordered_and_points_lead_to_them(show: Callable[..., Any]) -> None:
-    """Budget switch, order, filter, and a point of the scatter that leads to its output."""
+    """Order, filter, and a point of the scatter that leads to its output."""
     page = show("relevance", viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
-    assert page.locator("#spread .choice:visible").count() == 1
-    page.locator(".switch label", has_text="25").click()
-    assert page.locator("#spread .choice:visible").get_attribute("data-when") == "k=25"
     page.locator("#outputs select").select_option("2")
     values = [
         float(v) for v in page.evaluate("[...document.querySelectorAll('#outputs li')].map((e) => e.dataset.order)")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsift.report import charts, text
-from gradsift.report.blocks import Bar, Bars, Chart, Line, Point
+from gradsift.report.blocks import Bar, Chart, Line, Point
 
 HEIGHT = re.compile(r'<rect class="(\w+)" x="[\d.]+" y="[\d.]+" width="[\d.]+" height="([\d.]+)"')
 NUMBERS = re.compile(r' (?:x|y|x1|x2|y1|y2|cx|cy|width|height)="([^"]*)"')
@@ -42,13 +42,6 @@ def test_histogram_draws_any_scores(scores: list[float], taken: int) -> None:
     if bars is not None:
         assert sum(bars.all) == np.isfinite(scores).sum()
         assert all(-1 <= float(number) <= 400 for number in NUMBERS.findall(drawn(bars=bars)))
-
-
-def test_charts_to_be_compared_have_one_top() -> None:
-    """With the same top, a share of half of it is half as high; bins of any width are drawn equally wide."""
-    picture = drawn(bars=Bars((0, 1, 100), (0.5, 0.5), (0.2, 0.4), top=0.4, outline=True))
-    assert HEIGHT.findall(picture) == [("chosen", "44"), ("chosen", "88")]
-    assert picture.count('class="outline"') == 1
 
 
 def test_lines_leave_out_what_is_not_finite_and_ticks_that_would_collide() -> None:
@@ -97,15 +90,12 @@ def test_a_bar_runs_from_zero_to_its_value(value: float, start: str, length: str
 
 
 def test_a_bar_has_its_marks_where_they_belong() -> None:
-    """Reference, strokes, middle half, interval, median and the zero line, which only an axis around zero has."""
+    """Reference, interval, median and the zero line, which only an axis around zero has."""
     picture = str(charts.bar(Bar(0, 0.4, 0.2, mark=0.1)))
     assert 'class="chosen" x="0" y="1.5" width="50"' in picture
     assert 'class="mark" x1="25"' in picture
     assert 'class="zero"' not in picture
-    values = (-10.0, -5.0, 0.0, 5.0, 10.0)
-    picture = str(charts.bar(Bar(-20.0, 20.0, point=0.0, box=(-5.0, 5.0), span=(-10.0, 10.0), strokes=values)))
-    assert re.findall(r"M([\d.]+) 2v6", picture) == ["25", "37.5", "50", "62.5", "75"]
-    assert 'class="box" x="37.5" y="0.5" width="25"' in picture
+    picture = str(charts.bar(Bar(-20.0, 20.0, point=0.0, span=(-10.0, 10.0))))
     assert 'class="span" x1="25" y1="5" x2="75"' in picture
     assert 'class="point" x1="50"' in picture
     assert 'class="zero" x1="50"' in picture

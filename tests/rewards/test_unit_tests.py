@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gradsift.base.errors import ConfigError, DataError
-from gradsift.rewards.reward import check_reward, reward_samples
+from gradsift.rewards.reward import reward_samples
 from gradsift.rewards.samples import Sample
 from gradsift.rewards.unit_tests import UnitTests
 from gradsift.sandbox import sandbox
@@ -199,33 +199,31 @@ def test_rows_that_can_judge_nobody_are_refused_before_anything_is_sampled() -> 
     """All rows are read; the message counts and names those at fault, and says why."""
     good = "def check(candidate):\n    assert candidate(4) == 8\n"
     reward = UnitTests(allow_code_execution=True)
-    check_reward(reward, rows(good, good), judged=False)
+    reward.check(rows(good, good))
     with pytest.raises(DataError, match=r"2 of 3 targets can judge no program \(t1: .* are empty; t2: .* not Python"):
-        check_reward(reward, rows(good, "# nothing", "assert double( =="), judged=False)
+        reward.check(rows(good, "# nothing", "assert double( =="))
     with pytest.raises(DataError, match=r"\(t0: .*; t4: [^;]*; and 3 more\)"):
-        check_reward(reward, rows(*[""] * 8), judged=False)
+        reward.check(rows(*[""] * 8))
     with pytest.raises(DataError, match="the tests use wanted, which nothing defines"):
-        check_reward(reward, rows("def check(candidate):\n    assert candidate(4) == wanted\n"), judged=False)
+        reward.check(rows("def check(candidate):\n    assert candidate(4) == wanted\n"))
 
 
 def test_a_named_reference_is_run_before_anything_is_sampled() -> None:
     """Tests that it fails are refused; those that it passes go on."""
     good = "def check(candidate):\n    assert candidate(4) == 8\n"
     reward = UnitTests(allow_code_execution=True, reference="solution")
-    check_reward(reward, rows(good, solution=DOUBLE), judged=False)
+    reward.check(rows(good, solution=DOUBLE))
     with pytest.raises(DataError, match=r"1 of 1 targets .* reference solution does not pass .*AssertionError"):
-        check_reward(reward, rows(good.replace("8", "9"), solution=DOUBLE), judged=False)
+        reward.check(rows(good.replace("8", "9"), solution=DOUBLE))
     with pytest.raises(ConfigError, match="reads the column 'solution'"):
-        check_reward(reward, rows(good), judged=False)
+        reward.check(rows(good))
 
 
 def test_tests_of_pytest_need_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is not installed the run is refused, with what to install."""
     monkeypatch.setattr(sandbox, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'gradsift\[pytest\]'"):
-        check_reward(
-            UnitTests(allow_code_execution=True), rows("def test_one():\n    assert double(4) == 8\n"), judged=False
-        )
+        UnitTests(allow_code_execution=True).check(rows("def test_one():\n    assert double(4) == 8\n"))
 
 
 def test_tests_that_cannot_judge_leave_the_sample_out() -> None:

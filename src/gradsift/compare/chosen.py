@@ -19,15 +19,14 @@ from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.rds import kept_embeddings
 from gradsift.influence.scores import Scores
 from gradsift.influence.shown import score_ends
-from gradsift.jobs.results import data_facts, gradient_facts, groups_of, how_to_repeat, known_columns
+from gradsift.jobs.results import data_facts, gradient_facts, groups_of, how_to_repeat, known_columns, value_counts
 from gradsift.model import embeddings
 from gradsift.report import text
-from gradsift.report.blocks import Bars, Block, Chart, Choice, Example, Group, Legend, Map, Space, Text, View
+from gradsift.report.blocks import Block, Choice, Example, Group, Legend, Map, Row, Space, Table, Text, View, columns
 from gradsift.report.maps import layout, sample
 
 MOST_POINTS = 2000
 MOST_SOURCES = 12
-_MOST_BINS = 12
 
 Rows = Mapping[Key, NDArray[np.int64]]
 """Rows that an arm chose under a budget with a seed."""
@@ -39,7 +38,7 @@ def chosen_blocks(grid: Grid, choices: Mapping[Key, Sequence[str]]) -> tuple[dic
     counted = Counted(data, grid.recipe.group_by)
     sets = {key: np.array(data.positions(list(ids)), dtype=np.int64) for key, ids in choices.items()}
     ready = {
-        one.name: Counted(grid.datasets[one.name], (counted.column,) if counted.column else (), counted.edges)
+        one.name: Counted(grid.datasets[one.name], (counted.column,) if counted.column else ())
         for one in grid.contenders
         if one.data is not None
     }
@@ -63,14 +62,10 @@ def chosen_blocks(grid: Grid, choices: Mapping[Key, Sequence[str]]) -> tuple[dic
                 counted.column, pool, len(data), each, series=series, most=MOST_SOURCES, title=f"{budget:,} examples"
             )
             sources.append(Choice(when, (table,)))
-        lengths.append(Choice(when, tuple(_length_charts(budget, counted, own))))
+        lengths.append(Choice(when, (lengths_table(budget, counted, own),)))
     if sources:
         chosen = ("chosen", "share of the chosen examples, all seeds")
         sources.insert(0, Legend((chosen, ("stroke", "share of the pool"))))
-    if lengths:
-        pool_line = ("outline", "share of the pool")
-        of_bins = ("", "bins are drawn equally wide")
-        lengths.insert(0, Legend((("chosen", "share of the chosen examples"), pool_line, of_bins)))
     found, warnings = _map(grid, sets, counted)
     by = f"By {counted.column or 'source'}"
     return {by: sources, "By length": lengths, "By embedding": found}, warnings
@@ -82,9 +77,8 @@ class Counted:
     column: that says where rows come from: the first of `group_by`, else `source`, else the report's first; may be none
     """
 
-    def __init__(self, data: Dataset, wanted: Sequence[str], edges: tuple[float, ...] | None = None) -> None:
+    def __init__(self, data: Dataset, wanted: Sequence[str]) -> None:
         self.lengths: NDArray[np.int64] = data.lengths
-        self.edges = edges or length_edges(data.lengths)
         try:
             found = groups_of(data, wanted[:1])
         except DataError:  # a ready data set need not have the pool's column
@@ -94,54 +88,23 @@ class Counted:
 
     def sources(self, rows: NDArray[np.int64]) -> dict[str, int]:
         """Rows by source, most first; none where no column tells it."""
-        return {} if self.groups is None else self.groups.counts(rows)
+        return {} if self.groups is None else value_counts(self.groups, rows)
 
     def source(self, row: int) -> str:
         """The source of one row; empty where no column tells it."""
-        return "" if self.groups is None else self.groups.names[self.groups.codes[row]]
-
-    def shares(self, lengths: NDArray[np.int64]) -> tuple[float, ...]:
-        """Shares of rows by length; those of another data set outside the pool's bins count in the outer ones."""
-        inside = np.clip(lengths, self.edges[0], self.edges[-1])
-        counts = np.histogram(inside, self.edges)[0]
-        return tuple((counts / max(1, counts.sum())).tolist())
+        return "" if self.groups is None else str(self.groups[row].as_py())
 
 
-def length_edges(lengths: NDArray[np.int64]) -> tuple[float, ...]:
-    """Edges of at most 12 bins of a round width over all but the longest 2 %, which the last bin takes in as well."""
-    low, most, high = int(lengths.min()), float(np.quantile(lengths, 0.98)), int(lengths.max())
-    scale = 1
-    while True:
-        for width in (scale, 2 * scale, 5 * scale):
-            first = low // width * width
-            count = max(1, -int(-(most + 1 - first) // width))
-            if count <= _MOST_BINS:
-                edges = [float(first + width * number) for number in range(count + 1)]
-                return tuple(edges if edges[-1] >= high else [*edges[:-1], float(high)])
-        scale *= 10
-
-
-def _length_charts(
-    budget: int, counted: Counted, own: Sequence[tuple[int, str, Counted, NDArray[np.int64]]]
-) -> list[Block]:
-    """A histogram of each arm's choice over the pool's, all on one scale."""
-    pool = counted.shares(counted.lengths)
-    chosen = [counted.shares(found.lengths[rows]) for _, _, found, rows in own]
-    top = max(max(shares) for shares in (pool, *chosen))
-    charts = [
-        Chart(
-            f"Lengths of what {name} chose, over the pool's.",
-            name,
-            f"median {text.written(float(np.median(found.lengths[rows])), ',.0f')}",
-            axis="tokens",
-            bars=Bars(counted.edges, pool, shares, top=top, outline=True),
-            series=number,
-        )
-        for (number, name, found, rows), shares in zip(own, chosen, strict=True)
-    ]
-    median = text.written(float(np.median(counted.lengths)), ",.0f")
-    said = f"{budget:,} examples; the median of the pool is {median} tokens."
-    return [Text(said, "aside"), Group(tuple(charts), style="small")]
+def lengths_table(budget: int, counted: Counted, own: Sequence[tuple[int, str, Counted, NDArray[np.int64]]]) -> Table:
+    """How long the rows are that each arm chose, and those of the pool: quartiles, tokens."""
+    lengths: list[tuple[int | None, str, NDArray[np.int64]]] = [(None, "the pool", counted.lengths)]
+    lengths += [(number, name, found.lengths[rows]) for number, name, found, rows in own]
+    rows = (
+        Row((name, *(text.written(end, ",.0f") for end in np.quantile(one, (0.25, 0.5, 0.75)).tolist())), number)
+        for number, name, one in lengths
+    )
+    heads = columns("method", "#lower quartile", "#median", "#upper quartile")
+    return Table(heads, tuple(rows), f"{budget:,} examples", "tokens of a row")
 
 
 def _map(grid: Grid, sets: Rows, counted: Counted) -> tuple[list[Block], list[str]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import Field
@@ -35,6 +35,18 @@ class StageCost:
     seconds: float
     amounts: dict[str, float] = field(default_factory=dict)
     lost: bool = False
+
+
+def together(costs: Sequence[StageCost]) -> StageCost:
+    """What several took, as one of the arm and stage of the first."""
+    seconds, lost = sum(cost.seconds for cost in costs), any(cost.lost for cost in costs)
+    return replace(costs[0], seconds=seconds, amounts=added([cost.amounts for cost in costs]), lost=lost)
+
+
+def added(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Amounts by unit, of several together."""
+    units = dict.fromkeys(unit for part in parts for unit in part)
+    return {unit: sum(part.get(unit, 0.0) for part in parts) for unit in units}
 
 
 @dataclass
@@ -88,9 +100,8 @@ class StageClock:
                 finished = timed.done
             finally:
                 timed.seconds += time.monotonic() - start
-                for unit, amount in endpoint_use(self._run).items():
-                    if used := amount - before.get(unit, 0.0):
-                        timed.amounts[unit] = timed.amounts.get(unit, 0.0) + used
+                used = {unit: now - before.get(unit, 0.0) for unit, now in endpoint_use(self._run).items()}
+                timed.amounts |= added([timed.amounts, {unit: amount for unit, amount in used.items() if amount}])
                 content = {"seconds": timed.seconds, "amounts": timed.amounts, "done": finished, "lost": lost}
                 self._run.publish_json(key, content)
         self.by_key.setdefault(key, StageCost(arm, stage, timed.seconds, timed.amounts, lost))
@@ -100,11 +111,7 @@ class StageClock:
         found: dict[tuple[str | None, str], StageCost] = {}
         for cost in self.by_key.values():
             old = found.get((cost.arm, cost.stage), StageCost(cost.arm, cost.stage, 0.0))
-            units = dict.fromkeys([*old.amounts, *cost.amounts])
-            amounts = {unit: old.amounts.get(unit, 0.0) + cost.amounts.get(unit, 0.0) for unit in units}
-            found[cost.arm, cost.stage] = StageCost(
-                cost.arm, cost.stage, old.seconds + cost.seconds, amounts, old.lost or cost.lost
-            )
+            found[cost.arm, cost.stage] = together([old, cost])
         return list(found.values())
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
-from gradsift.compare.costs import LOST, STAGES, StageCost
+from gradsift.compare.costs import LOST, STAGES, StageCost, together
 from gradsift.compare.table import FILES, CellFailure, Comparison, LearningCurve, Row
 from gradsift.compare.table import Cell as Cell_
 from gradsift.report import text
@@ -220,22 +221,19 @@ class Shown:
                 own = sorted((r for r in rows if r.arm == arm and self.sized[arm]), key=lambda row: row.budget)
                 if own:
                     lines.append(Line(arm, tuple(_spot(row.budget, row) for row in own), self.series(arm)))
-            charts.append(
-                Chart(
-                    f"{self.column(key)} against the budget; the values are in the tables.",
-                    self.column(key),
-                    self.unit(key),
-                    axis="examples chosen",
-                    lines=tuple(lines),
-                    ticks=tuple((float(budget), f"{budget:,}") for budget in budgets),
-                    logarithmic=True,
-                )
-            )
+            ticks = tuple((float(budget), f"{budget:,}") for budget in budgets)
+            charts.append(replace(self._against(key, "examples chosen", lines), ticks=ticks, logarithmic=True))
         if not charts:
             return []
         fixed = "; a line without dots is a training set that no budget decides" * (not all(self.sized.values()))
         said = f"A line per method; vertical strokes are ±{fixed}. The axes need not start at 0."
         return [Text(said), Group(tuple(charts), style="charts"), self.legend()]
+
+    def _against(self, key: _Cell, axis: str, lines: Sequence[Line], of: str = "") -> Chart:
+        """A main figure against something."""
+        name = self.column(key)
+        title = f"{name}{of} against {axis}; the values are in the tables."
+        return Chart(title, name, self.unit(key), axis=axis, lines=tuple(lines))
 
     def legend(self) -> Legend:
         """The arms' colours."""
@@ -254,6 +252,7 @@ class Shown:
             if one.setting is not None and math.isfinite(one.setting):
                 families.setdefault(one.family or one.name, {})[one.setting] = one.name
         charts: list[Block] = []
+        marks: dict[str, str] = {}
         for key in self.main:
             found = self.rows(key, budget)
             for family, members in families.items():
@@ -266,17 +265,12 @@ class Shown:
                 reference = self.result.reference
                 if reference in found and reference not in members.values():
                     lines.insert(0, self._level(found[reference], 0, len(settings) - 1))
-                marks = tuple((f"key-line {colour(line.series or 0)}", line.name) for line in reversed(lines))
-                chart = Chart(
-                    f"{self.column(key)} of {name} against {self.setting_name()}; the values are in the tables.",
-                    self.column(key),
-                    self.unit(key),
-                    axis=f"{text.shorten(self.setting_name(), 24)} (values evenly spaced)",
-                    lines=tuple(lines),
-                    ticks=tuple((float(place), f"{setting:g}") for place, setting in enumerate(settings)),
-                )
-                charts.append(Group((chart, Legend(marks))))
-        return [Group((Group(tuple(charts), style="charts"),), _examples(budget))] if charts else []
+                axis = f"{text.shorten(self.setting_name(), 24)} (values evenly spaced)"
+                ticks = tuple((float(place), f"{setting:g}") for place, setting in enumerate(settings))
+                charts.append(replace(self._against(key, axis, lines, f" of {name}"), ticks=ticks))
+                marks |= {line.name: f"key-line {colour(line.series or 0)}" for line in lines}
+        legend = Legend(tuple((style, name) for name, style in marks.items()))
+        return [Group((Group(tuple(charts), style="charts"), legend), _examples(budget))] if charts else []
 
     def _level(self, row: Row, start: float, end: float) -> Line:
         """A mean as a line from end to end."""
@@ -370,7 +364,7 @@ class Shown:
             if mine:
                 cells = [_cost([cost for cost in mine if cost.stage == stage]) for stage in stages]
                 name, series = ("shared by all", None) if arm is None else (arm, self.series(arm))
-                rows.append(Cells((name, *cells, _duration(mine)), series))
+                rows.append(Cells((name, *cells, _cost(mine, amounts=False)), series))
         rows.append(Cells(("all", *[""] * len(stages), _cost(costs)), total=True))
         heads = (Column("method"), *(Column(stage, numeric=True) for stage in (*stages, "together")))
         said = (
@@ -494,31 +488,14 @@ def _step(curve: LearningCurve, place: int | None) -> str:
     return text.ABSENT if place is None else f"{curve.steps[place]:,}"
 
 
-def _cost(costs: Sequence[StageCost]) -> Entry:
+def _cost(costs: Sequence[StageCost], amounts: bool = True) -> Entry:
     """A time, and what else was used up."""
-    amounts: dict[str, float] = {}
-    for cost in costs:
-        for unit, amount in cost.amounts.items():
-            amounts[unit] = amounts.get(unit, 0.0) + amount
-    said = ", ".join(f"{_amount(amount)} {unit}" for unit, amount in amounts.items())
-    return Cell(_duration(costs), said) if said else _duration(costs)
-
-
-def _duration(costs: Sequence[StageCost]) -> str:
     if not costs:
         return text.ABSENT
-    return f"{'≥ ' * any(cost.lost for cost in costs)}{duration(sum(cost.seconds for cost in costs))}"
-
-
-def duration(seconds: float) -> str:
-    """A wall time in the largest unit that leaves it two figures: `5.2 s`, `13 min`, `2.5 h`."""
-    if not math.isfinite(seconds):
-        return text.ABSENT
-    if 0 < seconds < 0.05:
-        return "< 0.1 s"
-    if seconds < 99.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:,.1f} h"
+    every = together(costs)
+    time = f"{'≥ ' * every.lost}{text.duration(every.seconds)}"
+    said = ", ".join(f"{_amount(amount)} {unit}" for unit, amount in every.amounts.items())
+    return Cell(time, said) if amounts and said else time
 
 
 def _amount(amount: float) -> str:

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from gradsift.base.errors import DataError
 from gradsift.base.settings import Settings
-from gradsift.base.types import Message, Prompt, said
+from gradsift.base.types import Prompt, before_answer
 from gradsift.context import Setup
 from gradsift.data.load import Columns
 from gradsift.data.prompts import Prompts, read_prompts
@@ -87,7 +87,8 @@ class Pairwise(Settings):
         other: Checkpoint | None = None
         references: Mapping[str, str] = {}
         if self.against == "answer":
-            references = {e.id: _answer(e.messages) for e in prompts.examples if _answer(e.messages)}
+            answers = ((one.id, before_answer(one.messages)[1]) for one in prompts.examples)
+            references = {id_: answer for id_, answer in answers if answer}
         elif self.against.startswith("column:"):
             name = self.against.removeprefix("column:")
             values = zip(prompts.ids, prompts.column(name), strict=True)
@@ -100,11 +101,6 @@ class Pairwise(Settings):
         if other is None and not references:
             raise DataError(f"{prompts.description} has nothing to compare with in {self.against!r}: name another one")
         return BoundPairwise(self, setup, prompts, references, other)
-
-
-def _answer(messages: tuple[Message, ...]) -> str:
-    answers = [said(message) for message in messages if message["role"] == "assistant"]
-    return answers[-1] if answers else ""
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,7 @@ class Explanations(Shown):
                     continue
                 chosen_rows = rows.rows([example.id for example in found.examples])
                 relevance = selection_relevance(rows.target, chosen_rows, coefficients=self.coefficients)
-                results.append(replace(found, throughout=_draw(relevance)))
+                results.append(replace(found, throughout=draw_of(relevance)))
             norm = float(products[-1, -1])
             measured.append(replace(entry, results=tuple(results), squared_norm_throughout=norm))
         return measured
@@ -460,7 +460,7 @@ class Explanations(Shown):
             ChosenExample(competing.ids[place], float(competing.scores[place]), int(ranks[place]), weight)
             for place, weight in zip(picks, found[0].coefficients.tolist(), strict=True)
         )
-        draws, flags = tuple(_draw(relevance) for relevance in found), (one.near_zero, one.capped)
+        draws, flags = tuple(draw_of(relevance) for relevance in found), (one.near_zero, one.capped)
         assert competing.target_gradient is not None
         toward = competing.rows(picks) @ competing.target_gradient.double() if picks else torch.zeros(0)
         supports = bool((toward > 0).all())
@@ -745,7 +745,8 @@ def _tokens_of(output: Output) -> str:
     return OutputSource((pair[0],), "", **contrasted([pair[1]])).fingerprint
 
 
-def _draw(relevance: Relevance) -> Draw:
+def draw_of(relevance: Relevance) -> Draw:
+    """What is kept of the relevance of one selection."""
     t = relevance.coefficients.double()
     return Draw(
         ratio=relevance.ratio,

@@ -73,7 +73,6 @@ from gradsift.store.manifest import fingerprint, read_if_whole, versions
 from gradsift.store.storage import checksum
 
 _LISTED = 6  # strategies that a switch lists; more are picked from the table
-_REPEATS = 120  # choices of which it is shown how much they repeat each other
 _FIRST_CHARACTERS = 240  # of the first example's texts beside the output
 _SIDES, _SIDE_EXAMPLES = 8, 3  # strategies whose first examples stand side by side, and how many (Compact, Figure 3)
 
@@ -128,9 +127,6 @@ def explanation_page(
         note="Point at a dot to read it, click it to go to the example. Only nearness means something: axes, sizes "
         "and gaps do not.",
     ))  # fmt: skip
-    for view, _ in views[:_REPEATS]:
-        if len(places := list(view.picks)) > 1:
-            chosen.append(Choice(view.when, (redundancy(shown.cosine[places][:, places].tolist()),), alone=True))
     against = [
         Choice(choices.by(number), found, alone=True)
         for number, estimator in enumerate(explanations.estimators)
@@ -327,22 +323,15 @@ def _agreement(choices: _Choices, k: int) -> tuple[Block, ...]:
 
 
 def _common(values: Sequence[Sequence[float]], names: Sequence[str], title: str) -> Table:
-    """A matrix of shares; many names are numbered at its head."""
-    if len(names) <= _LISTED:
-        return _matrix(names, names, values, title)
-    numbered = {str(number): f"{number}. {name}" for number, name in enumerate(names, start=1)}
-    return _matrix([*numbered.values()], [*numbered], values, title)
-
-
-def _matrix(
-    names: Sequence[str], heads: Sequence[str], values: Sequence[Sequence[float]], title: str = "", below: bool = False
-) -> Table:
-    """Shaded fields, with their figures where they are few; or those below the diagonal alone."""
-    rows = []
-    for n, (name, own) in enumerate(zip(names, values, strict=True)):
-        shown = own[:n] if below else own
-        cells = (Cell("" if len(names) > 10 else text.written(value, ".2f"), shade=value) for value in shown)
-        rows.append(Row((name, *cells, *[""] * (len(own) - len(shown)))))
+    """A matrix of shares, shaded; many names are numbered at its head, and of very many no figures are written."""
+    heads, wide = names, len(names) > 10
+    if len(names) > _LISTED:
+        heads = [str(number + 1) for number in range(len(names))]
+        names = [f"{number}. {name}" for number, name in zip(heads, names, strict=True)]
+    rows = [
+        Row((name, *(Cell("" if wide else text.written(value, ".2f"), shade=value) for value in own)))
+        for name, own in zip(names, values, strict=True)
+    ]
     return Table((Column(""), *map(Column, heads)), tuple(rows), title, style="matrix")
 
 
@@ -360,18 +349,6 @@ def side_by_side(results: Sequence[StrategyResult], one: StrategyResult, data: D
     said = f"The first {_SIDE_EXAMPLES} of each choice of {one.k} by {one.estimator}."
     said += f" {rest} more strategies are in the table above." if rest > 0 else ""
     return (Fold(said, (Group(tuple(groups), style="small"),)),)
-
-
-def redundancy(cosines: Sequence[Sequence[float]]) -> Fold:
-    """How much chosen gradients repeat each other: cosines [pick pick], the half below the diagonal."""
-    pairs = [(cosine, b + 1, a + 1) for a, row in enumerate(cosines) for b, cosine in enumerate(row[:a])]
-    mean, (most, a, b) = sum(pair[0] for pair in pairs) / len(pairs), max(pairs)
-    said = (
-        f"Cosines of the chosen gradients: {text.signed(mean)} on average; {a} and {b} are most alike "
-        f"({text.signed(most)}). 1 = the same direction, 0 = unrelated, −1 = opposite."
-    )
-    names = [str(n + 1) for n in range(len(cosines))]
-    return Fold("How much they repeat each other", (Text(said, "aside"), _matrix(names, names, cosines, below=True)))
 
 
 class _Candidates:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError
 from gradsift.base.types import Example, Message, Prompt, Skipped
+from gradsift.data.account import common_length
 from gradsift.data.chat import ChatFormat
 
 # Characters that a reply may have for each token that was asked for, and tokens of f for each of another model's: far
@@ -71,7 +72,4 @@ class ReplyEncoder:
     def _ending(self) -> NDArray[np.int32]:
         """What the template writes after a reply: the tokens in which the ends of two different ones agree."""
         (_, one), (_, other) = self._parts(_QUESTION, "0"), self._parts(_QUESTION, "a")
-        length = 0
-        while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
-            length += 1
-        return one[len(one) - length :]
+        return one[len(one) - common_length(one[::-1].tolist(), other[::-1].tolist()) :]

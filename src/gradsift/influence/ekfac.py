@@ -168,10 +168,10 @@ class EKFAC(RateWeighted):
             done = made and known and one is not None and self.found(pool, source, one).made(pool)
             products = self.conjugate_gradient * count * curved
             found += [
-                Passes("EK-FAC's factors", 2 * groups * len(ids), 2 * groups * tokens, made, factors=1 + parts / groups,
-                       factors_held=2 / groups, number=number),
+                Passes("EK-FAC's factors", 2 * groups * len(ids), 2 * groups * tokens, made,
+                       stored={"factors": 1 + parts / groups}, held={"factors": 2 / groups}, number=number),
                 Passes("EK-FAC's targets", again * (count + beside), again * (asked + beside * mean), done,
-                       factors_held=1 / again, number=number),
+                       held={"factors": 1 / again}, number=number),
             ]  # fmt: skip
             if products:
                 taken = products * mean * _CURVED_PASSES

@@ -6,7 +6,7 @@ import inspect
 import math
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -111,11 +111,9 @@ class Passes:
     tokens: float
     done: bool = False  # whether the run folder has what comes of them
     forward: bool = False  # whether they go forth alone
-    unprojected: bool = False  # whether their gradients are stored, as they are
-    at_most: float = math.inf  # bytes of them that lie on disk together
-    held: int = 0  # of these rows, how many unprojected gradients lie in memory together
-    factors: float = 0.0  # how many checkpoints' Kronecker factors lie on disk together
-    factors_held: float = 0.0  # how many checkpoints' factors lie in memory together
+    stored: Mapping[str, float] = field(default_factory=dict)  # what of them lies on disk, by kinds as in `plan.work`
+    at_most: float = math.inf  # bytes of it that lie there together
+    held: Mapping[str, float] = field(default_factory=dict)  # what lies in memory together, of the same kinds
     number: int = 0  # of the checkpoint, where they go through the model at several
 
 
@@ -260,14 +258,26 @@ class Estimator(Settings):
 
     def targets(self, pool: Pool, target: Target) -> Targets:
         """The token sequences that stand for the target; a ConfigError where it takes labels, and prompts have none."""
-        if target.labels is not None and target.labels.ids == target.data.ids:
+        if target.labels is not None and (self.takes == "labels" or target.labels.ids == target.data.ids):
             return target.labels
         if self.takes == "texts" or not isinstance(target.data, Prompts):
             return target.data
-        answered = 0 if target.labels is None else len(target.labels)
         raise ConfigError(
-            f"{self.label} needs labels, and {len(target.data) - answered} of {len(target.data)} prompts have no "
-            "answer: use NICE, or add answers"
+            f"{self.label} needs labels, and none of {len(target.data)} prompts has an answer to learn: use NICE, or "
+            "add answers"
+        )
+
+    def without_labels(self, target: Target) -> str | None:
+        """What of a target it cannot be asked about, since nothing is there to learn; None where all of it can."""
+        labelled = target.labelled.data
+        if not self.needs_target or self.takes != "labels" or len(labelled) == len(target.data):
+            return None
+        missing = [id_ for id_ in target.data.ids if id_ not in set(labelled.ids)]
+        left_out = () if target.labels is None else target.labels.skipped
+        reasons = {skip.id: f": {skip.detail}" for skip in left_out if skip.reason == "nothing_to_learn"}
+        return (
+            f"{self.label} needs labels: {len(missing)} of {len(target.data)} prompts without an answer to learn do "
+            f"not count, first {missing[0]!r}{reasons.get(missing[0], '')}"
         )
 
 
@@ -421,7 +431,7 @@ def read_together(methods: Iterable[Estimator]) -> tuple[list[Estimator], list[V
     """Which of methods, and of those they ask first, read stored rows, which of the last checkpoint, and whether with
     sums.
     """
-    reading = [part for method in methods for part in _parts_of(method) if part.view is not None]
+    reading = [part for method in methods for part in parts_of(method) if part.view is not None]
     return reading, views_read(reading), any(method.full_sum for method in reading)
 
 
@@ -436,8 +446,9 @@ def collect_together(pool: Pool, target: Target | None, methods: Iterable[Estima
             rows.stores(last, list(dict.fromkeys([*read, *views])))
 
 
-def _parts_of(method: Estimator) -> list[Estimator]:
-    return [*(part for one in method.before for part in _parts_of(one)), method]
+def parts_of(method: Estimator) -> list[Estimator]:
+    """Those that it asks first, and then itself."""
+    return [*(part for one in method.before for part in parts_of(one)), method]
 
 
 def full_sums(pool: Pool, wanted: bool = True) -> Pool:

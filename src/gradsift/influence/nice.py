@@ -42,7 +42,6 @@ from gradsift.influence.prompts import (
 )
 from gradsift.model.models import positions
 from gradsift.rewards.reward import single_rewards
-from gradsift.rewards.stored import Stored
 from gradsift.store.gradient_store import GradientStore
 from gradsift.warmup.checkpoint import Checkpoint
 
@@ -366,14 +365,15 @@ def cut_off_warnings(checkpoint: str, share: float, of: str = "responses") -> li
 
 def sampler_of(pool: Pool, target: PromptTarget, method: PolicyEstimator, checkpoint: Checkpoint) -> Sampler:
     """Where a method's responses at a checkpoint come from."""
-    stored = next((one for one in single_rewards(target.reward) if isinstance(one, Stored)), None)
+    rewards = () if target.reward is None else single_rewards(target.reward)
+    stored = next((one for one in rewards if one.held), None)
     if stored is not None:
         if method.assistant is not None or method.server is not None or method.policy.importance_weights:
             raise ConfigError(
                 "the reward stored is that of responses which the rows hold: leave out assistant, server and "
                 "importance_weights"
             )
-        texts = {example.id: stored.texts(example.row) for example in target.data.examples}
+        texts = {example.id: stored.responses(example.row) for example in target.data.examples}
         return StoredSampler(texts, pool.tokenizer)
     if method.assistant is not None:
         return method.assistant.sampler(pool.tokenizer, dtype=pool.dtype, device=pool.device)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from gradsift.base.errors import ConfigError, DataError, GradsiftError
 from gradsift.base.progress import Advance, Reporter, silent
-from gradsift.base.settings import Settings
 from gradsift.base.types import Chat, Example, Message, Skipped, before_answer
 from gradsift.context import Pool, Target, refuse_overlap_of_all, subtask_labels
 from gradsift.data.dataset import Dataset
@@ -26,20 +25,13 @@ from gradsift.execution.engine import LOCAL, Engine
 from gradsift.generation.endpoint import Client, Endpoint, ReplyError, connected
 from gradsift.generation.samples import Samples
 from gradsift.generation.sampling import Response, Usage
-from gradsift.model.models import whole_identity
-from gradsift.rewards.form import Sentiment
-from gradsift.rewards.function import Function, function_identity
-from gradsift.rewards.reward import WeightedSum, check_reward, reward_samples, single_rewards
-from gradsift.rewards.reward_model import RewardModel
+from gradsift.rewards.reward import reward_samples, rewards_of, single_rewards
 from gradsift.rewards.samples import Problem, Sample, prompt_of
-from gradsift.rewards.unit_tests import UnitTests
-from gradsift.sandbox.sandbox import isolation_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CHUNK = 256  # responses whose rewards are asked for, and kept, at once, at most
-_MODELLED = 32  # the same where a model gives them, always: in other batches they would be others by rounding
 _SHARE = 16  # prompts whose rewards one worker computes before it is given others
 
 
@@ -73,6 +65,20 @@ class PromptTarget(Target):
     drawn: dict[tuple[str, int], Samples] = field(default_factory=dict, init=False, repr=False, compare=False)
     earned: dict[tuple[str, int], Earned] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @property
+    def labelled(self) -> PromptTarget:
+        """Those with an answer to learn; all where none has one."""
+        known = set(() if self.labels is None else self.labels.ids)
+        kept = [place for place, id_ in enumerate(self.data.ids) if id_ in known]
+        if len(kept) in (0, len(self.data)):
+            return self
+        examples, prompt_ids = self.data.examples, self.data.prompt_ids
+        own: dict[str, Any] = {
+            "examples": tuple(examples[n] for n in kept), "prompt_ids": tuple(prompt_ids[n] for n in kept)
+        }  # fmt: skip
+        subtasks = None if self.subtasks is None else tuple(self.subtasks[n] for n in kept)
+        return replace(self, data=replace(self.data, **own), subtasks=subtasks)
+
     def check_reward(self) -> None:
         """Refuse a reward that cannot be computed for these prompts (`ConfigError`), before anything heavy is done for
         it: there is none, a column or a judge that it reads is missing, or it may not run programs.
@@ -83,12 +89,12 @@ class PromptTarget(Target):
                 "or in Python open_prompts(…, reward)"
             )
         samples = [Sample(one.id, 0, prompt_of(one), "", (), one.row) for one in self.data.examples]
-        check_reward(self.reward, samples, judged=self.judge is not None)
+        for single in single_rewards(self.reward):
+            single.check(samples, judged=self.judge is not None)
 
     def reward_identity(self) -> dict[str, Any] | None:
         """What the rewards depend on beside the response and its row; None for functions that no file names."""
-        rewards = self.reward if isinstance(self.reward, list | tuple) else [self.reward]
-        identities = [_identity(reward) for reward in rewards]
+        identities = [reward.identity() for reward in rewards_of(self.reward)]
         if any(identity is None for identity in identities):
             return None
         judge: Any = None
@@ -188,9 +194,9 @@ def reward_responses(target: PromptTarget, samples: Samples, reporter: Reporter,
                 waiting.append(Sample(prompt_id, response.number, prompt_of(example), response.text, ids, example.row))
     total, singles = len(values) + len(problems) + len(waiting), single_rewards(target.reward)
     for single in singles if waiting else ():
-        if isinstance(single, UnitTests):
-            reporter.say_once(f"unit tests run what the model wrote; {isolation_text(single.sandbox)}")
-    exactly = _MODELLED if any(isinstance(single, RewardModel) for single in singles) else None
+        for note in single.notes():
+            reporter.say_once(note)
+    exactly = min((single.together for single in singles if single.together is not None), default=None)
     with _chat(target.judge) as chat, reporter.stage("rewards", total, "responses") as advance:
         advance(total - len(waiting))
         for taken in in_chunks(waiting, most=_CHUNK, exactly=exactly):
@@ -358,26 +364,6 @@ def _overlap(pool: Pool, examples: Sequence[Example]) -> tuple[Skipped, ...]:
         found += overlap_of_hashes(asked, hashed(bare))
     by_id = {skip.id: skip for skip in found}
     return tuple(by_id[id_] for id_ in pool.data.ids if id_ in by_id)
-
-
-def _identity(reward: Any) -> dict[str, Any] | None:
-    if isinstance(reward, str):
-        reward = Function(name=reward)
-    if not isinstance(reward, Settings):
-        return None
-    if isinstance(reward, WeightedSum):
-        parts = [_identity(part) for part in reward.rewards]
-        return {"kind": reward.kind, "rewards": parts, "weights": reward.weights}
-    if isinstance(reward, Function):
-        return {"kind": reward.kind, **function_identity(reward.name)}
-    identity = reward.model_dump(mode="json")
-    if isinstance(reward, RewardModel):
-        for where in ("model", "device", "batch_size"):
-            del identity[where]
-        identity["weights"] = whole_identity(reward.model)
-    if isinstance(reward, Sentiment):
-        identity["lexicon"] = reward.version()
-    return identity
 
 
 class _Judging:

@@ -318,6 +318,14 @@ class Replay:
         """Losses of trainings that are like this one, but for what a note names."""
         return Losses(self.run, f"{self.prefix}losses-{note}.json", self.reporter, what)
 
+    def stored(self, ways: int = 0) -> dict[str, float]:
+        """What its steps leave on disk, or ways back through it, as `gradsift plan` counts: states are adapters with
+        both moments, gradients a third of one."""
+        steps = len(self.record)
+        if ways:
+            return {"adapters": ways, "bytes": 8 * ways * self._rows}
+        return {"adapters": math.ceil(steps / self._stride) + 1 + steps / 3}
+
     def _way_back(self, note: str) -> str:
         return f"{self.prefix}way-back-{fingerprint([note, self._riders])}.safetensors"
 

@@ -142,7 +142,7 @@ def score(
     Args:
         pool: from `open_pool`.
         target: from `open_target`, or from `open_prompts` for `NICE()` and the like; other methods take the latter as
-            well where every prompt has an answer, and controls in any case. None for methods that need no target.
+            well, those that need labels the prompts that have an answer. None for methods that need no target.
         method: an estimator; `LESS()` by default, `NICE()` for prompts.
         aggregation: over targets, `max_of_means` within subtasks, plain `mean`, or `round_robin`, in which targets (or
             subtasks) take turns; by default the method's own, which is the first for all but RDS+. Subtasks of NICE's
@@ -159,6 +159,9 @@ def score(
     if method is None:
         method = NICE() if isinstance(target, PromptTarget) else LESS()
     aggregation = aggregation or method.aggregation
+    lacking = None if target is None else method.without_labels(target)
+    if target is not None and lacking:
+        target = target.labelled
     excluded = {skip.id for skip in target.overlap} if target is not None else set()
     subtasks = target.subtasks if target is not None else None
     collect_together(pool, target, [method], views)
@@ -187,7 +190,7 @@ def score(
         aggregate = found.whole[keep]
     tokens = pool.data.supervised_tokens[places]
     correlation = spearman(aggregate, tokens) or 0.0
-    warnings = []
+    warnings = [lacking] if lacking else []
     if abs(correlation) > _LENGTH_WARNING and not method.by_chance:
         longer = "longer" if correlation > 0 else "shorter"
         warnings.append(

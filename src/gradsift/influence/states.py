@@ -51,7 +51,7 @@ class _OfStates(Estimator):
     def influence(self, pool: Pool, target: Target | None) -> Influence:
         assert target is not None, self
         refuse_too_many(len(pool.data), len(target.data.ids))
-        both = map(single_answers, (pool.data, target.data))
+        both = map(single_answers, (pool.data, self.targets(pool, target)))
         rows, queries = (states(pool, data, self._at(pool), *self.pooled()) for data in both)
         finite = np.isfinite(rows).all(axis=1)
         ids = list(pool.data.ids)
@@ -76,11 +76,12 @@ class _OfStates(Estimator):
         at = None if self.checkpoint == "base" else checkpoints()[-1]
         known = self.checkpoint == "base" or at is not None
         found = []
-        for data in map(single_answers, (pool.data, target.data)):
+        for data in map(single_answers, (pool.data, self.targets(pool, target))):
             config = _config(pool, at, *self.pooled()) | {"data": data.fingerprint}
             kept = known and pool.run.manifest(pool.run.prefix("states", config))
             tokens = float(sum(data.token_counts()))
-            found.append(Passes("hidden states", len(data.ids), tokens, bool(kept), forward=True))
+            stored = {"states": len(data.ids)}
+            found.append(Passes("hidden states", len(data.ids), tokens, bool(kept), forward=True, stored=stored))
         return found
 
     def _at(self, pool: Pool) -> Checkpoint | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.filesize import decimal as filesize
 
 from gradsift.base.progress import Reporter, silent
 from gradsift.compare.table import FILES as COMPARED
@@ -22,6 +23,7 @@ from gradsift.plan.walk import walked
 from gradsift.plan.work import crew_of, endpoints, priced
 from gradsift.recipe import Recipe
 from gradsift.report.terminal import console, table
+from gradsift.report.text import duration
 from gradsift.warmup.train import Warmup, warmup_rows
 
 _FEW, _MANY = 100, 10_000  # rows of a warm-up, below and above which its preset was made for another size of pool
@@ -136,7 +138,8 @@ def print_estimate(found: dict[str, Any]) -> None:
     finished = all(stage["done"] for stage in stages.values())
     rows = [
         (name, "done", "", "") if stage["done"] else
-        (name, f"{stage['tokens']:,.0f}", _duration(stage["seconds"]), _bytes(stage["disk_bytes"]))
+        (name, f"{stage['tokens']:,.0f}", "?" if stage["seconds"] is None else duration(stage["seconds"]),
+         filesize(stage["disk_bytes"]))
         for name, stage in [*stages.items(), ("total", {"done": finished, **found["total"]})]
     ]  # fmt: skip
     sample, pool, count = found["sample"], found["pool"], found["checkpoints"]
@@ -174,8 +177,8 @@ def print_estimate(found: dict[str, Any]) -> None:
         out.print(f"comparison: {found['cells']} cells (arm, budget, seed); `gradsift compare` does them")
     each = " for each worker, here" if "workers" in found else ""
     out.print(
-        f"memory: about {_bytes(found['peak_memory_bytes'])}{each} of {_bytes(found['available_memory_bytes'])} free; "
-        f"disk: {_bytes(found['total']['disk_bytes'])} of {_bytes(found['free_disk_bytes'])} free"
+        f"memory: about {filesize(found['peak_memory_bytes'])}{each} of {filesize(found['available_memory_bytes'])} "
+        f"free; disk: {filesize(found['total']['disk_bytes'])} of {filesize(found['free_disk_bytes'])} free"
         + ("" if found["enough_disk"] else ": NOT ENOUGH, lower --projection-dim or choose another --out")
     )
     if found["advice"]:
@@ -204,21 +207,3 @@ def _print_asked(found: dict[str, Any], out: Any) -> None:
 
 def _cost(cost: float | None) -> str:
     return "" if cost is None else f", cost at most {cost:.4g}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit in ("B", "KB", "MB") else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError(count)

@@ -27,8 +27,6 @@ class Bar:
     point:   a thick stroke, such as a mean or a median
     mark:    a stroke to compare with
     span:    a line from end to end, such as an interval
-    box:     a broad band, such as the middle half
-    strokes: a thin stroke for each of these
     """
 
     low: float
@@ -37,8 +35,6 @@ class Bar:
     point: float | None = None
     mark: float | None = None
     span: tuple[float, float] | None = None
-    box: tuple[float, float] | None = None
-    strokes: tuple[float, ...] = ()
     tone: Tone = ""
 
 
@@ -125,7 +121,6 @@ class Line:
 
     marked: the x that get a larger dot, the others then none
     dotted: whether points get dots
-    colour: of a line that is no series, the series that it looks like
     """
 
     name: str
@@ -134,24 +129,19 @@ class Line:
     joined: bool = True
     marked: tuple[float, ...] = ()
     dotted: bool = True
-    colour: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Bars:
     """Amounts between edges, of which there is one more: of all, and of the chosen ones.
 
-    rug:     places that get a stroke below the axis
-    top:     the amount that reaches the top, the same for charts that are to be compared; by default the largest
-    outline: draw the amounts of all as an outline, and bins of any width equally wide
+    rug: places that get a stroke below the axis
     """
 
     edges: tuple[float, ...]
     all: tuple[float, ...]
     chosen: tuple[float, ...] = ()
     rug: tuple[float, ...] = ()
-    top: float | None = None
-    outline: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +197,6 @@ class Chart:
     ticks:       places and texts along x; round numbers by default
     logarithmic: place x by its logarithm
     stats:       figures below it, then what is to be minded, and other sentences
-    series:      of which it is the chart, where there is one for each
     """
 
     title: str
@@ -223,7 +212,6 @@ class Chart:
     stats: Mapping[str, str] = field(default_factory=dict)
     caution: str = ""
     below: tuple[str, ...] = ()
-    series: int | None = None
     kind: Literal["chart"] = "chart"
 
 

@@ -36,18 +36,12 @@ def bar(drawn: Bar) -> Markup:
         return draw_line(kind, along(value), top, along(value), bottom)
 
     parts = [draw_rect("track", 0, 0, 100, 10)]
-    if drawn.box is not None:
-        left, right = map(along, drawn.box)
-        parts.append(draw_rect("box", left, 0.5, max(right - left, 0.2), 9))
     if drawn.value is not None and math.isfinite(drawn.value):
         zero, end = along(0), along(drawn.value)
         kind = "negative" if drawn.value < 0 or drawn.tone == "worse" else "chosen"
         parts.append(draw_rect(kind, min(zero, end), 1.5, abs(end - zero), 7))
     if low < 0 < high:
         parts.append(stroke("zero", 0))
-    if drawn.strokes:
-        path = "".join(f"M{coordinate(along(value))} 2v6" for value in thinned(np.sort(drawn.strokes)).tolist())
-        parts.append(Markup('<path class="rug" d="{}"/>').format(path))
     if drawn.span is not None:
         parts.append(draw_line("span", along(drawn.span[0]), 5, along(drawn.span[1]), 5))
     if drawn.mark is not None:
@@ -66,41 +60,31 @@ def chart(drawn: Chart) -> Markup:
 
 
 def _bars(drawn: Chart, bars: Bars) -> Markup:
-    """Amounts as bars, or those of all as an outline around those of the chosen."""
+    """Amounts of all, and of the chosen before them."""
     assert len(bars.edges) == len(bars.all) + 1, (len(bars.edges), len(bars.all))
-    if not any(bars.all) and not any(bars.chosen):
+    tallest = max(*bars.all, *bars.chosen, 0.0)
+    if not tallest:
         return Markup("")
-    width, base, top = (300.0, 96.0, 8.0) if bars.outline else (360.0, 150.0, 10.0)
-    left, right = (4.0, 296.0) if bars.outline else (40.0, 352.0)
-    tallest = bars.top or max(*bars.all, *bars.chosen, 0.0)
-    step, high = (right - left) / len(bars.all), (base - top) / tallest
-    parts = [open_drawing(width, base + (38 if bars.outline else 50), drawn.title)]
-    if not bars.outline:
-        for mark, _ in round_ticks(0, max(tallest, 1), 4):
-            if mark == int(mark):
-                parts.append(draw_line("grid", left, base - high * mark, right, base - high * mark))
-                parts.append(draw_text(left - 6, base - high * mark + 4, f"{mark:,.0f}", "end"))
-    for kind, amounts in (("pool", () if bars.outline else bars.all), ("chosen", bars.chosen)):
+    width, base, top, left = 360.0, 150.0, 10.0, 40.0
+    step, high = (_RIGHT - left) / len(bars.all), (base - top) / tallest
+    parts = [open_drawing(width, base + 50, drawn.title)]
+    for mark, _ in round_ticks(0, max(tallest, 1), 4):
+        if mark == int(mark):
+            parts.append(draw_line("grid", left, base - high * mark, _RIGHT, base - high * mark))
+            parts.append(draw_text(left - 6, base - high * mark + 4, f"{mark:,.0f}", "end"))
+    for kind, amounts in (("pool", bars.all), ("chosen", bars.chosen)):
         for position, amount in enumerate(amounts):
             if amount:  # a handful of chosen examples in a large pool must stay visible
                 height = max(high * amount, 1.5)
                 parts.append(draw_rect(kind, left + step * position + 0.5, base - height, step - 1, height))
-    if bars.outline:
-        spots = [(left + step * n, base - high * amount) for n, amount in enumerate(bars.all)]
-        path = "L".join(f"{coordinate(x)} {coordinate(y)}h{coordinate(step)}" for x, y in spots)
-        parts.append(Markup('<path class="outline" d="M{}"/>').format(path))
-    parts.append(draw_line("axis", left, base, right, base))
+    parts.append(draw_line("axis", left, base, _RIGHT, base))
     low, span = bars.edges[0], bars.edges[-1] - bars.edges[0]
     for value in bars.rug:
-        x = left + (right - left) * (value - low) / span
+        x = left + (_RIGHT - left) * (value - low) / span
         parts.append(draw_line("rug", x, base + 3, x, base + 12))
-    if bars.outline:
-        ticks = [(left + step * n, f"{edge:,.0f}") for n, edge in enumerate(bars.edges)]
-        parts += _ticks(ticks, base + 15, width)
-    else:
-        marks = round_ticks(low, bars.edges[-1], 4)
-        parts += _ticks([(left + (right - left) * (m - low) / span, text) for m, text in marks], base + 27, width)
-    parts.append(draw_text((left + right) / 2, base + (34 if bars.outline else 45), drawn.axis, "middle"))
+    marks = round_ticks(low, bars.edges[-1], 4)
+    parts += _ticks([(left + (_RIGHT - left) * (m - low) / span, text) for m, text in marks], base + 27, width)
+    parts.append(draw_text((left + _RIGHT) / 2, base + 45, drawn.axis, "middle"))
     return _closed(parts)
 
 
@@ -153,7 +137,7 @@ def _lines(drawn: Chart) -> Markup:
 
 def _series(line: Line, points: Sequence[tuple[Point, float, float]], up: Callable[[float], float]) -> Markup:
     """One line's marks, which the page's script makes stand out where its series is picked."""
-    number = line.colour if line.series is None else line.series
+    number = line.series or 0
     parts = [Markup("<title>{}</title>").format(clean(line.name))] if line.name else []
     if line.joined:
         path = "M" + "L".join(f"{coordinate(x)} {coordinate(y)}" for _, x, y in points)

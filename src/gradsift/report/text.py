@@ -123,6 +123,17 @@ def share(value: float) -> str:
     return written(100 * value, ".0f") + "\u202f%"
 
 
+def duration(seconds: float) -> str:
+    """A wall time in the largest unit that leaves it two figures: `5.2 s`, `13 min`, `2.5 h`."""
+    if not math.isfinite(seconds):
+        return ABSENT
+    if 0 < seconds < 0.05:
+        return "< 0.1 s"
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:,.1f} h"
+
+
 def written(value: float | None, layout: str) -> str:
     """A number in a format, with a real minus sign; absent and not finite values as words or signs."""
     if value is None:

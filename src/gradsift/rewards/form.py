@@ -12,13 +12,13 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from gradsift.base.errors import ConfigError
-from gradsift.base.settings import Settings
 from gradsift.data.words import count_words
 from gradsift.rewards.function import LogProblem
 from gradsift.rewards.samples import text_of
+from gradsift.rewards.value import RewardValue
 
 
-class Length(Settings):
+class Length(RewardValue):
     """1 where the length of the response is within bounds, else 0.
 
     unit: what is counted; words are what white space sets apart, in Chinese, Japanese, Thai and their like each
@@ -61,7 +61,7 @@ class Length(Settings):
         return [float(low <= length <= high) for length in lengths]
 
 
-class Format(Settings):
+class Format(RewardValue):
     """1 where the response has a form, else 0.
 
     form: `json`: a JSON value, in a code fence or bare; `think`: reasoning in `<think>` tags, then an answer;
@@ -107,7 +107,7 @@ _FORMS: dict[str, Callable[[str], bool]] = {
 }
 
 
-class Sentiment(Settings):
+class Sentiment(RewardValue):
     """How positive the words of the response are, from −1 to 1: VADER's compound score (Hutto and Gilbert 2014).
 
     A lexicon for English, quick and crude: it knows nothing of what the text says. Needs the package `vadersentiment`.
@@ -121,10 +121,10 @@ class Sentiment(Settings):
         scores = _vader()
         return [float(scores(text_of(completion))["compound"]) for completion in completions]
 
-    def version(self) -> str:
-        """Of the package that has the lexicon."""
+    def identity(self) -> dict[str, Any]:
+        """With the version of the package that has the lexicon."""
         _vader()
-        return metadata.version("vaderSentiment")
+        return self.model_dump(mode="json") | {"lexicon": metadata.version("vaderSentiment")}
 
 
 @cache

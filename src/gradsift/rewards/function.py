@@ -10,19 +10,23 @@ import inspect
 import os
 import sys
 import threading
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from pydantic import Field
+
 from gradsift.base.errors import ConfigError
-from gradsift.base.settings import Settings
+from gradsift.base.types import Chat
 from gradsift.rewards.samples import Sample
 from gradsift.rewards.sources import FILES, Source, sources_of
+from gradsift.rewards.value import RewardValue
 from gradsift.store.digests import file_digest
 
 RewardFunction = Callable[..., Any]
@@ -33,7 +37,23 @@ _PREFIX = "gradsift_reward_"  # of the names of modules that a file's path names
 _VERSION = "gradsift_version"
 
 
-class Function(Settings):
+class _Called(RewardValue):
+    """A reward that `load` gives the function of."""
+
+    @abstractmethod
+    def load(self) -> RewardFunction:
+        """The function."""
+
+    def check(self, samples: Sequence[Sample], *, judged: bool = True) -> None:
+        """Whether it takes what it is called with."""
+        example = replace(samples[0], row={name: None for sample in samples for name in sample.row})
+        accepted(self.load(), trl_arguments([example], TrainerState()) | {"log_problem": None})
+
+    def bind(self, chat: Chat | None) -> RewardFunction:
+        return self.load()
+
+
+class Function(_Called):
     """A reward function by name: `module:function`, `rewards.py:function`, or a file with exactly one function.
 
     It has TRL's signature, `f(prompts, completions, **columns) -> list[float]`, plain or `async def`. What it returned
@@ -54,6 +74,23 @@ class Function(Settings):
             ConfigError: no such file, module or function, or the import fails.
         """
         return load_function(self.name)
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, **function_identity(self.name)}
+
+
+class Given(_Called):
+    """A function that no name leads to, so that what it returned is not kept."""
+
+    kind: Literal["given"] = "given"
+    function: Any = Field(repr=False)
+
+    def load(self) -> RewardFunction:
+        function: RewardFunction = self.function
+        return function
+
+    def identity(self) -> None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gradsift.base.errors import GradsiftError
+from gradsift.base.errors import ConfigError, GradsiftError
 from gradsift.base.settings import Settings
 from gradsift.base.types import Chat, Message
 from gradsift.execution.threads import in_order
 from gradsift.rewards.function import LogProblem, in_words
-from gradsift.rewards.samples import column, text_of
+from gradsift.rewards.samples import Sample, column, text_of
+from gradsift.rewards.value import RewardValue
 
 
 class JudgeSettings(Settings):
@@ -46,7 +47,7 @@ class JudgeSettings(Settings):
         return Unreadable(f"the judge's answer does not end in the form asked for: …{' '.join(answer.split())[-80:]!r}")
 
 
-class Judge(JudgeSettings):
+class Judge(JudgeSettings, RewardValue):
     """What a language model thinks of the response.
 
     `pairwise` compares it with a reference response, twice, in both orders: 1 where it is better both times, 0 where it
@@ -70,8 +71,27 @@ class Judge(JudgeSettings):
     criteria: str = "Prefer the response that is more helpful, correct and to the point. Length alone is no merit."
     workers: int = Field(default=8, ge=1)
 
-    def bind(self, chat: Chat) -> BoundJudge:
+    @property
+    def questions(self) -> int:  # type: ignore[override]
+        """Both orders of a pair."""
+        return 2 if self.mode == "pairwise" else 1
+
+    @property
+    def columns(self) -> list[str]:
+        return [self.reference] if self.mode == "pairwise" else []
+
+    def check(self, samples: Sequence[Sample], *, judged: bool = True) -> None:
+        if not judged:
+            raise ConfigError(
+                "the reward judge asks a language model, and none is named: give --judge-model (`judge:` in a recipe, "
+                "judge= in Python)"
+            )
+        super().check(samples, judged=judged)
+
+    def bind(self, chat: Chat | None) -> BoundJudge:
         """The reward function that asks `chat`."""
+        if chat is None:
+            raise ConfigError("the reward judge asks a language model, and none is given: pass `chat`")
         return BoundJudge(self, chat)
 
 

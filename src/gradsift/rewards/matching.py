@@ -10,15 +10,15 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gradsift.base.settings import Settings
 from gradsift.data.words import composed, set_apart, stands_in
 from gradsift.rewards.function import LogProblem
 from gradsift.rewards.samples import column, text_of
+from gradsift.rewards.value import RewardValue
 
 _EDGES = " \t\r\n*_`\"'“”‘’.,;:!?()[]{}$" + "„‚«»‹›…¿¡。，、．；：！？（）［］「」『』【】《》〈〉｡।॥،؛؟۔។"
 
 
-class Exact(Settings):
+class Exact(RewardValue):
     """1 where the response is the reference answer, else 0.
 
     answer: column with the reference, or with a list of references of which any will do
@@ -55,7 +55,7 @@ class Exact(Settings):
         return text.casefold() if self.ignore_case else text
 
 
-class Regex(Settings):
+class Regex(RewardValue):
     """1 where a regular expression is found in the response, else 0; or where what it captures is the reference.
 
     pattern: the expression, in Python's syntax
@@ -111,7 +111,7 @@ class Regex(Settings):
         return ((found[1] if expression.groups else found[0]) or "").strip()
 
 
-class Numeric(Settings):
+class Numeric(RewardValue):
     """1 where the number in the response equals the one in the reference, else 0.
 
     Numbers are read as people and models write them: `1,234.50`, `-2`, `3/4`, `1 1/2`, `6.02e23`, `\\frac{3}{4}`,

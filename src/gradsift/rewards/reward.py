@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from gradsift.base.errors import ConfigError, GradsiftError
-from gradsift.base.settings import Settings
 from gradsift.base.types import Chat
 from gradsift.rewards.form import Format, Length, Sentiment
 from gradsift.rewards.function import (
     Function,
+    Given,
     RewardFunction,
     TrainerState,
     accepted,
@@ -27,15 +27,16 @@ from gradsift.rewards.function import (
 from gradsift.rewards.judge import Judge
 from gradsift.rewards.matching import Exact, Numeric, Regex
 from gradsift.rewards.reward_model import RewardModel
-from gradsift.rewards.samples import Problem, Rewarded, Sample, column
+from gradsift.rewards.samples import Problem, Rewarded, Sample
 from gradsift.rewards.stored import Stored
 from gradsift.rewards.unit_tests import UnitTests
+from gradsift.rewards.value import RewardValue
 
 _Single = Function | Exact | Regex | Numeric | Length | Format | Sentiment | UnitTests | RewardModel | Judge | Stored
 SingleReward = Annotated[_Single, Field(discriminator="kind")]
 
 
-class WeightedSum(Settings):
+class WeightedSum(RewardValue):
     """The weighted sum of several rewards; one that does not apply to a sample (None, as in TRL) counts nothing.
 
     rewards: that are added up
@@ -51,6 +52,16 @@ class WeightedSum(Settings):
         if self.weights is not None and len(self.weights) != len(self.rewards):
             raise ValueError(f"{len(self.weights)} weights for {len(self.rewards)} rewards: give one for each")
         return self
+
+    @property
+    def parts(self) -> Sequence[RewardValue]:
+        return self.rewards
+
+    def identity(self) -> dict[str, Any] | None:
+        return {"kind": self.kind, "rewards": [part.identity() for part in self.rewards], "weights": self.weights}
+
+    def bind(self, chat: Chat | None) -> Any:
+        raise ConfigError("a WeightedSum is no part of a list: give its rewards and weights in its place")
 
 
 Reward = Annotated[_Single | WeightedSum, Field(discriminator="kind")]
@@ -107,40 +118,28 @@ def reward_samples(
     return Rewarded(tuple(values), tuple(problems))
 
 
-def single_rewards(reward: Any) -> list[Any]:
-    """The rewards that a reward is made of: itself, or the parts of a sum or a list."""
-    if isinstance(reward, WeightedSum):
-        return list(reward.rewards)
-    return list(reward) if isinstance(reward, list | tuple) else [reward]
+def rewards_of(reward: Any) -> list[RewardValue]:
+    """A reward, or those of a list, as values: functions and their names become such.
 
-
-def check_reward(reward: Any, samples: Sequence[Sample], *, judged: bool) -> None:
-    """Refuse a reward that cannot be computed for samples of each row, whatever they answer, without computing any.
-
-    `judged` says whether there is somebody for a `Judge` to ask.
+    Raises:
+        ConfigError: one is none.
     """
-    example = replace(samples[0], row={name: None for sample in samples for name in sample.row})
-    for single in single_rewards(reward):
-        if isinstance(single, str | Function):
-            function = (Function(name=single) if isinstance(single, str) else single).load()
-            accepted(function, trl_arguments([example], TrainerState()) | {"log_problem": None})
-        elif isinstance(single, Judge) and not judged:
-            raise ConfigError(
-                "the reward judge asks a language model, and none is named: give --judge-model (`judge:` in a recipe, "
-                "judge= in Python)"
-            )
-        elif isinstance(single, UnitTests):
-            single.check(samples)
-        for name in _columns_read(single):
-            column(example.row, name, single.kind)
+    found: list[RewardValue] = []
+    for one in reward if isinstance(reward, list | tuple) else (reward,):
+        if isinstance(one, RewardValue):
+            found.append(one)
+        elif isinstance(one, str):
+            found.append(Function(name=one))
+        elif callable(one):
+            found.append(Given(function=one))
+        else:
+            raise ConfigError(f"a reward is a function or a reward value, not a {type(one).__name__}")
+    return found
 
 
-def _columns_read(reward: Any) -> list[str]:
-    if isinstance(reward, Exact | Regex | Numeric):
-        return [reward.answer] if reward.answer else []
-    if isinstance(reward, Stored):
-        return [reward.completions, reward.rewards]
-    return [reward.reference] if isinstance(reward, Judge) and reward.mode == "pairwise" else []
+def single_rewards(reward: Any) -> list[RewardValue]:
+    """The rewards that a reward is made of: itself, or the parts of a sum or a list."""
+    return [part for one in rewards_of(reward) for part in one.parts]
 
 
 _Term = tuple[RewardFunction, float]
@@ -160,25 +159,11 @@ def _terms(reward: Any, weights: Sequence[float] | None, chat: Chat | None) -> l
         if weights is not None:
             raise ConfigError("a WeightedSum has weights of its own: leave out the argument `weights`")
         reward, weights = reward.rewards, reward.weights
-    several = list(reward) if isinstance(reward, list | tuple) else [reward]
+    several = rewards_of(reward)
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if not several or len(factors) != len(several) or not all(map(math.isfinite, factors)):
         raise ConfigError(f"{len(several)} rewards with weights {factors}: pass one finite weight for each reward")
-    return [(_function(one, chat), weight) for one, weight in zip(several, factors, strict=True)]
-
-
-def _function(reward: Any, chat: Chat | None) -> RewardFunction:
-    if isinstance(reward, str):
-        return Function(name=reward).load()
-    if isinstance(reward, Function):
-        return reward.load()
-    if isinstance(reward, Judge):
-        if chat is None:
-            raise ConfigError("the reward judge asks a language model, and none is given: pass `chat`")
-        return reward.bind(chat)
-    if not callable(reward):
-        raise ConfigError(f"a reward is a function or a reward value, not a {type(reward).__name__}")
-    return reward
+    return [(one.bind(chat), weight) for one, weight in zip(several, factors, strict=True)]
 
 
 def _combined(terms: Sequence[_Term], outcomes: Sequence[_Outcome]) -> tuple[float | None, list[str]]:
@@ -207,7 +192,8 @@ class _Call:
     def __init__(self, function: RewardFunction, samples: Sequence[Sample], state: Any) -> None:
         self.function, self.samples, self.state = function, samples, state
         self.reported: dict[int, str] = {}
-        if isinstance(function, Stored):  # which needs to know which of its row's completions each is
+        value: Any = function
+        if isinstance(value, RewardValue) and value.held:  # it has to know which of its row's each is
             self.arguments: Mapping[str, Any] = {"samples": samples, "log_problem": self._log_problem}
         else:
             arguments = trl_arguments(samples, state) | {"log_problem": self._log_problem}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from gradsift.base.errors import ConfigError, ModelError
-from gradsift.base.settings import Settings
 from gradsift.data.template import RENDER_ERRORS, render
 from gradsift.rewards.samples import text_of
+from gradsift.rewards.value import RewardValue
 
 
-class RewardModel(Settings):
+class RewardModel(RewardValue):
     """The output of an `AutoModelForSequenceClassification` for prompt and response.
 
     model: hub id or folder
@@ -28,6 +28,9 @@ class RewardModel(Settings):
     max_length: tokens; longer sequences lose their beginning (but for the token that opens a sequence), never the
         response's end
     """
+
+    texts: ClassVar[int] = 1
+    together: ClassVar[int | None] = 32
 
     kind: Literal["reward_model"] = "reward_model"
     model: str
@@ -69,6 +72,13 @@ class RewardModel(Settings):
             for position, value in zip(positions, values.tolist(), strict=True):
                 rewards[position] = value
         return rewards
+
+    def identity(self) -> dict[str, Any]:
+        """By its files, wherever they lie and whatever runs them."""
+        from gradsift.model.models import whole_identity
+
+        kept = self.model_dump(mode="json", exclude={"model", "device", "batch_size"})
+        return kept | {"weights": whole_identity(self.model)}
 
     def _token_ids(self, tokenizer: Any, prompt: Any, completion: Any) -> dict[str, list[int]]:
         """Token ids, and whatever else the model wants per token, without padding."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gradsift.base.errors import ConfigError
-from gradsift.base.types import Example, Message, said
+from gradsift.base.types import Example, Message, before_answer, said
 
 Prompt = str | tuple[Message, ...]
 
@@ -56,9 +56,7 @@ def prompt_of(example: Example) -> Prompt:
     text = example.row.get("prompt")
     if isinstance(text, str):
         return text
-    messages = example.messages
-    answers = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: answers[-1]] if answers else messages
+    return before_answer(example.messages)[0]
 
 
 def text_of(content: Any) -> str:

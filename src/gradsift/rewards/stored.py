@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from gradsift.base.settings import Settings
 from gradsift.rewards.samples import Sample, text_of
+from gradsift.rewards.value import RewardValue
 
 
-class Stored(Settings):
+class Stored(RewardValue):
     """The rewards of the rows' own completions: nothing is sampled, and nothing is judged.
 
     A row without as many rewards as completions has none.
@@ -19,11 +19,17 @@ class Stored(Settings):
     rewards: column with a number for each.
     """
 
+    held: ClassVar[bool] = True
+
     kind: Literal["stored"] = "stored"
     completions: str = "completions"
     rewards: str = "rewards"
 
-    def texts(self, row: Mapping[str, Any]) -> list[str]:
+    @property
+    def columns(self) -> list[str]:
+        return [self.completions, self.rewards]
+
+    def responses(self, row: Mapping[str, Any]) -> list[str]:
         """The completions of a row that are texts; none where there are not as many rewards."""
         written, earned = _listed(row.get(self.completions)), _listed(row.get(self.rewards))
         texts = [_text_of(one) for one in written] if len(written) == len(earned) else []
@@ -33,7 +39,7 @@ class Stored(Settings):
         """The reward of each sample by its number, where its text is the row's own."""
         found: list[float | None] = []
         for position, sample in enumerate(samples):
-            texts, earned = self.texts(sample.row), _listed(sample.row.get(self.rewards))
+            texts, earned = self.responses(sample.row), _listed(sample.row.get(self.rewards))
             own = sample.number < len(texts) and texts[sample.number] == sample.completion
             if not own:
                 log_problem(position, f"the column {self.completions!r} of its row does not hold the response")

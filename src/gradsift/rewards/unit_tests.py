@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from gradsift.base.errors import ConfigError, DataError
-from gradsift.base.settings import Settings
 from gradsift.rewards.function import LogProblem
 from gradsift.rewards.samples import Sample, column, text_of
+from gradsift.rewards.value import RewardValue
 from gradsift.sandbox._shapes import CannotJudgeError, cases_of, joined
-from gradsift.sandbox.sandbox import Outcome, Program, Sandbox, needs_pytest, run_programs, understood
+from gradsift.sandbox.sandbox import Outcome, Program, Sandbox, isolation_text, needs_pytest, run_programs, understood
 
 # Where public sets have their tests, in this order: HumanEval, MBPP, APPS and TACO, LiveCodeBench, CodeContests.
 _TESTS = ("test", "tests", "test_list", "input_output", "public_test_cases", "public_tests", "inputs")
@@ -31,7 +31,7 @@ _REFERENCES = {"test": "canonical_solution", "test_list": "code"}
 _NAMED = 5  # rows that a message names
 
 
-class UnitTests(Settings):
+class UnitTests(RewardValue):
     """1 where the program of the response passes its tests in the sandbox, else 0; none where nothing was tested.
 
     Tests are Python with asserts, a function `check(candidate)`, functions of pytest, classes of unittest, or inputs
@@ -54,6 +54,8 @@ class UnitTests(Settings):
         >>> reward(prompts=["Double it."], completions=["def double(x): return 2 * x"], test=["assert double(4) == 8"])
         [1.0]
     """
+
+    programs: ClassVar[int] = 1
 
     kind: Literal["unit_tests"] = "unit_tests"
     allow_code_execution: bool = False
@@ -88,7 +90,10 @@ class UnitTests(Settings):
                 log_problem(position, outcome.reason)
         return [None if outcome.status == "error" else float(outcome.status == "passed") for outcome in outcomes]
 
-    def check(self, samples: Sequence[Sample]) -> None:
+    def notes(self) -> list[str]:
+        return [f"unit tests run what the model wrote; {isolation_text(self.sandbox)}"]
+
+    def check(self, samples: Sequence[Sample], *, judged: bool = True) -> None:
         """Refuse rows whose tests are known to judge no program, before there is one; of samples, one for each row."""
         if not self.allow_code_execution:
             raise ConfigError(

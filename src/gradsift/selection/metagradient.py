@@ -91,6 +91,8 @@ class MetagradientDescent(SmoothTraining, Selector):
         steering, measuring = self._endings(pool, target)
         chosen, rounds, fresh = candidates.first("most_helpful", budget), list[Round](), 0
         seen = {frozenset(chosen)}
+        if lacking := MAGIC().without_labels(target):
+            pool.reporter.warn(f"metagradient descent goes back as {lacking}")
         if effective_batch_size(budget, self.training(pool).batch_size) == 1:
             pool.reporter.warn(
                 f"metagradient descent: a choice of {budget} rows is trained on one by one, and a gradient that is "
@@ -130,8 +132,9 @@ class MetagradientDescent(SmoothTraining, Selector):
         measured = self.rounds * (len(steering) + self.trainings * len(measuring))
         trained = self.rounds * (1 + self.trainings) * own
         taken = (self.rounds - 1) * (FIRST_BACK * own + beside) * each
+        left = self.rounds * (self.trainings * epochs + 1)  # checkpoints of trainings, and a way back or an end
         return [
-            Passes("descent's trainings", trained, trained * each, done),
+            Passes("descent's trainings", trained, trained * each, done, stored={"adapters": left}),
             Passes("descent's ways back", (self.rounds - 1) * (own + beside), taken, done),
             Passes("descent's losses", measured, measured * float(target.data.lengths.mean()), done, forward=True),
         ]
@@ -164,6 +167,7 @@ class MetagradientDescent(SmoothTraining, Selector):
         """The group of each target, those that are gone back from, and those that measure; a ConfigError where too few
         measure for their differences to have an error.
         """
+        target = target.labelled
         groups = groups_of(len(target.data), target.subtasks)
         draw = np.random.default_rng((pool.seed, len(groups)))
         steering, measuring = list[int](), list[int]()

@@ -14,7 +14,6 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from gradsift.base.errors import ConfigError
 from gradsift.base.ranks import spearman
 from gradsift.base.resampling import Estimate, bootstrap, estimate_of, estimated
 from gradsift.explanation.relevance import to_db
@@ -95,8 +94,6 @@ def agreement(
     supports: Sequence[float],
     shifts: Sequence[float | None],
     outputs: Sequence[str],
-    *,
-    edges_db: Sequence[float] = EDGES_DB,
 ) -> Agreement:
     """Agreement of relevance with support and shift over different selections, with intervals over outputs.
 
@@ -105,10 +102,7 @@ def agreement(
         supports: ξ⁺, nats.
         shifts: ξ^JSD; None where it is undefined, which leaves the cell out of its correlation.
         outputs: of which output each cell is.
-        edges_db: where the score bins part.
     """
-    if list(edges_db) != sorted(set(edges_db)):
-        raise ConfigError(f"the bins' edges are {list(edges_db)}: they must ascend")
     decibels, names = np.array([to_db(ratio) for ratio in relevances]), np.array(outputs, dtype=object)
     values = np.array(supports, dtype=np.float64)
     ratios = np.array([math.nan if shift is None else shift for shift in shifts], dtype=np.float64)
@@ -122,7 +116,7 @@ def agreement(
         return share_over(of[among].tolist(), names[among].tolist())
 
     bins = []
-    for low, high in pairwise([None, *edges_db, None]):
+    for low, high in pairwise([None, *EDGES_DB, None]):
         inside = everywhere if low is None else decibels > low
         inside = inside if high is None else inside & (decibels <= high)
         bins.append(ScoreBin(low, high, share(supported, inside), share(correct, inside)))

@@ -50,7 +50,6 @@ from gradsift.validation.one_step import (
     seed_of,
 )
 from gradsift.validation.statistics import (
-    EDGES_DB,
     Agreement,
     Correlation,
     Proportion,
@@ -209,7 +208,6 @@ def validate(
     settings: OneStep | None = None,
     route: Route = "auto",
     checkpoint: Checkpoint | None = None,
-    edges_db: Sequence[float] = EDGES_DB,
 ) -> Validation:
     """Support and shift of selections, and how well their relevance predicted both.
 
@@ -225,7 +223,6 @@ def validate(
             takes them for real; `auto` is `stored` where the run holds such gradients or the pool is set to collect
             them, else `trained`.
         checkpoint: where the step starts; by default the pool's last, `Checkpoint(None)` is the base model.
-        edges_db: parts the score bins.
 
     Raises:
         ConfigError: dropout with `stored`, or fewer pool examples than are asked for.
@@ -256,10 +253,10 @@ def validate(
     done = tuple(results[number] for number in sorted(results))
     estimators = dict.fromkeys(entry.cell.key.estimator for entry in done)
     by_estimator = {
-        name: _agreement([entry for entry in done if entry.cell.key.estimator == name], edges_db) for name in estimators
+        name: _agreement([entry for entry in done if entry.cell.key.estimator == name]) for name in estimators
     }
     found = Validation(
-        done, tuple(failed), _agreement(done, edges_db), by_estimator, bench.route, settings,
+        done, tuple(failed), _agreement(done), by_estimator, bench.route, settings,
         path=pool.run.name("validation.json"), pool=pool,
     )  # fmt: skip
     pool.run.publish_json("validation.json", found.as_dict())
@@ -272,7 +269,6 @@ def validate_explanations(
     *,
     settings: OneStep | None = None,
     route: Route = "auto",
-    edges_db: Sequence[float] = EDGES_DB,
     sanity: bool = False,
 ) -> Validation:
     """`validate` every selection of some explanations of this pool; of a random strategy the first draw.
@@ -289,7 +285,7 @@ def validate_explanations(
     """
     cells = cells_of(explanations)
     outputs = answers_of(explanations)
-    found = validate(pool, outputs, cells, settings=settings, route=route, edges_db=edges_db)
+    found = validate(pool, outputs, cells, settings=settings, route=route)
     checked = sanity_check(pool, outputs, settings=settings, route=route) if sanity else None
     found = replace(found, reranking=tuple(_reranking(found.cells, explanations)), sanity=checked)
     pool.run.publish_json("validation.json", found.as_dict())
@@ -587,10 +583,10 @@ def _stored_rows(pool: Pool, checkpoint: Checkpoint, route: Route) -> GradientSt
     return replace(pool, gradients=settings).stores(checkpoint, ["plain"])["plain"]
 
 
-def _agreement(cells: Sequence[Validated], edges_db: Sequence[float]) -> Agreement:
+def _agreement(cells: Sequence[Validated]) -> Agreement:
     cells = distinct(cells)
     columns = zip(*((one.cell.relevance, one.support, one.shift, one.cell.output) for one in cells), strict=True)
-    return agreement(*columns, edges_db=edges_db)
+    return agreement(*columns)
 
 
 def together(output: Answers) -> tuple[TokenizedExample, ...]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 import page_examples
 from gradsift.explanation.table import RelevanceTable, relevance_table
-from gradsift.jobs.models import write_models
+from gradsift.jobs.explanation_pages import write_models
 from gradsift.report.blocks import Table
+from tiny_world import Cli, World
 
 
 def result(out: Path, table: RelevanceTable) -> Any:
@@ -52,3 +56,23 @@ def test_each_model_has_a_column_and_the_mean_is_of_ratios(tmp_path: Path) -> No
     apart = [result(tmp_path / folder / name, models[name]) for folder, name in (("a", "one"), ("b", "two"))]
     assert write_models(apart) == ()
     assert not (tmp_path / "relevance.html").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "plan"])
+def test_a_model_that_fails_leaves_the_others(tiny: World, tmp_path: Path, command: str) -> None:
+    """It is told of, what the others come to is shown, and the command ends with 1."""
+    recipe = {
+        "pool": tiny.pool, "target": tiny.target, "estimator": "random", "controls": [], "budget": 4,
+        "models": [{"model": str(tmp_path / "gone"), "out": str(tmp_path / "a")},
+                   {"model": tiny.model, "out": str(tmp_path / "b")}],
+    }  # fmt: skip
+    if command == "compare":
+        training = {"epochs": 1, "rank": 2, "target_modules": ["q_proj"]}
+        recipe["compare"] = {"arms": [{"base": True}], "test": tiny.target, "training": training, "embedding": None}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    found = Cli(command, path, "--json")
+    assert found.code == 1, found.err
+    assert "the other models go on" in found.err
+    assert f"1 failed and the rest is done, first {tmp_path / 'a'}: " in found.err
+    assert len(found.json) == 1

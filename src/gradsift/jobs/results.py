@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from gradsift.base.columns import numbers, texts
 from gradsift.base.errors import CorruptError
 from gradsift.base.types import Skipped
 from gradsift.context import Pool, Target
@@ -315,13 +316,13 @@ def groups_of(data: Dataset, wanted: Sequence[str]) -> dict[str, pa.Array]:
     found = {}
     for column in wanted or usual:
         values = data.column(column) if wanted else data.values(column)
-        found[column] = pa.array(map(str, values), pa.large_string()).dictionary_encode()
+        found[column] = texts(map(str, values)).dictionary_encode()
     return {name: own for name, own in found.items() if wanted or 1 < len(own.dictionary) <= _MAX_GROUPS}
 
 
 def value_counts(groups: pa.Array, positions: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
     """How many of the rows at these positions have each value, most first."""
-    found = Counter(groups.take(pa.array(positions)).to_pylist())
+    found = Counter(groups.take(numbers(np.asarray(positions, np.int64))).to_pylist())
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 

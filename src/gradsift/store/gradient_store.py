@@ -348,8 +348,7 @@ class GradientStore:
         """Row positions of ids, all of which are there."""
         places = self.ids.positions(ids)
         assert (places >= 0).all(), self.name
-        found: list[int] = places.tolist()
-        return found
+        return places.tolist()
 
     def stored_blocks(self, start: int, stop: int, block: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Memory-mapped `(stored [row dim], scale [row] | None)` of up to `block` rows in order; row = stored·scale."""

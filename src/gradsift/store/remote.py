@@ -146,8 +146,7 @@ class RemoteStorage:
     def read(self, key: str) -> bytes:
         """The whole object."""
         with self._told("read", key):
-            content: bytes = self._fs.cat_file(self._at(key))
-            return content
+            return self._fs.cat_file(self._at(key))
 
     def publish(self, key: str, data: bytes | memoryview) -> None:
         """Write the whole object."""

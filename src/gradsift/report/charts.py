@@ -98,11 +98,13 @@ def chart(drawn: Chart) -> Markup:
     for mark, text in round_ticks(y_low, y_high, 4):
         kind = "axis" if mark == 0 and y_low < 0 < y_high else "grid"
         parts += [draw_line(kind, _LEFT, up(mark), _RIGHT, up(mark)), draw_text(_LEFT - 6, up(mark) + 4, text, "end")]
-    for kind, amounts in () if bars is None else (("pool", bars.all), ("chosen", bars.chosen)):
-        for (left, right), amount in zip(pairwise(map(along, bars.edges)), amounts, strict=False):
-            if amount:  # a handful of chosen examples in a large pool must stay visible
-                height = max(base - up(amount), 1.5)
-                parts.append(draw_rect(kind, left + 0.5, base - height, right - left - 1, height))
+    if bars is not None:
+        ends = [along(edge) for edge in bars.edges]
+        for kind, amounts in (("pool", bars.all), ("chosen", bars.chosen)):
+            for (left, right), amount in zip(pairwise(ends), amounts, strict=False):
+                if amount:  # a handful of chosen examples in a large pool must stay visible
+                    height = max(base - up(amount), 1.5)
+                    parts.append(draw_rect(kind, left + 0.5, base - height, right - left - 1, height))
     parts.append(draw_line("axis", _LEFT, base, _RIGHT, base))
     ticks = [(along(x), text) for x, text in drawn.ticks or round_ticks(x_low, x_high, 5)]
     if bars is None:

@@ -71,7 +71,17 @@ def test_help_imports_nothing_heavy() -> None:
 def test_list_names_all_that_has_a_name() -> None:
     """Rewards, metrics, formats and presets with values stand beside estimators and selectors, or alone by name."""
     whole = Cli("list").succeeded().out
-    for name in ("less", "facility_location", "unit_tests", "pairwise", "ShareGPT", "compact", "ji2s_13b", "assisted"):
+    for name in (
+        "less",
+        "tracin",
+        "facility_location",
+        "unit_tests",
+        "pairwise",
+        "ShareGPT",
+        "compact",
+        "ji2s_13b",
+        "assisted",
+    ):
         assert re.search(rf"^{name}(  |$)", whole, re.MULTILINE), name
     assert not re.search(r" $", whole, re.MULTILINE), "lines end with their last word"
     presets = Cli("list", "presets").succeeded().out

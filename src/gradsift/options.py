@@ -301,7 +301,7 @@ FORMER = {
     "raw": "no-normalise",
 }  # fmt: skip
 # Kinds that are others with some fields.
-_SHORT: dict[str, dict[str, Any]] = {"tracin": {"kind": "less", "optimizer": "sgd", "normalise": False}}
+SHORT: dict[str, dict[str, Any]] = {"tracin": {"kind": "less", "optimizer": "sgd", "normalise": False}}
 # Options whose fields several of them fill together.
 _TOGETHER = {"judge.model": "--judge-model", "judge.base_url": "--judge-url", "reward.weights": "--reward-weight"}
 _LONG = 120  # characters of a help
@@ -376,7 +376,7 @@ def choices(option: Option, *, typed: bool = True) -> list[str]:
     if name == "kind":
         there = _kinds(owners) if len(owners) > 1 else []
         there = there or list(_literals(owners[0].model_fields["kind"].annotation))
-        return [*there, *(short for short, long in _SHORT.items() if typed and long["kind"] in there)]
+        return [*there, *(short for short, long in SHORT.items() if typed and long["kind"] in there)]
     found = dict.fromkeys(word for one in owners for word in _literals(one.model_fields[name].annotation))
     return [str(word) for word in found if not isinstance(word, bool)]
 
@@ -553,12 +553,12 @@ def _explained(explain: dict[str, Any], seed: int) -> None:
 def _whole(method: dict[str, Any]) -> None:
     """Write out the short names of methods that are fields of a method."""
     for name, own in method.items():
-        if isinstance(own, dict) and own.get("kind") in _SHORT:
-            method[name] = _SHORT[own["kind"]] | {field: value for field, value in own.items() if field != "kind"}
+        if isinstance(own, dict) and own.get("kind") in SHORT:
+            method[name] = SHORT[own["kind"]] | {field: value for field, value in own.items() if field != "kind"}
 
 
 def _method(kind: str) -> dict[str, Any]:
-    return dict(_SHORT.get(kind, {"kind": kind}))
+    return dict(SHORT.get(kind, {"kind": kind}))
 
 
 def _model(field: str, kind: str) -> type[BaseModel] | None:

@@ -28,6 +28,7 @@ from tiny_world import World
             r"is the class LESS and no value of it, which LESS\(\) is",
         ),
         (lambda pool, target: gs.select(target, budget=1), "select: scores is a Target; wanted Scores"),
+        (lambda pool, target: gs.bench(pool, target, ["less"]), "bench: methods is a list of str; wanted Estimator"),
         (lambda pool, target: gs.open_target("t.jsonl", "pool.jsonl"), "open_target: pool is the text 'pool.jsonl'"),
         (
             lambda pool, target: gs.open_pool("p.jsonl", model="m", out="o", adapters="mine"),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import gradsift as gs
 from endpoint_runs import compare, grade
@@ -21,9 +22,11 @@ from gradsift.jobs.rollouts import run_reward, run_sample
 from gradsift.jobs.select_explain import run_recipe
 from gradsift.model import embeddings
 from gradsift.plan.measure import estimate
-from gradsift.plan.walk import walked
+from gradsift.plan.walk import Walk, walked
 from gradsift.plan.work import Work, endpoints
 from gradsift.recipe import Recipe
+from gradsift.rewards.form import Length
+from gradsift.rewards.value import RewardValue
 from gradsift.selection.selectors import OWN as SELECTORS
 from gradsift.store.run import Run
 from gradsift.store.tensors import read_tensors
@@ -74,6 +77,12 @@ def stored(works: list[Work]) -> int:
 def on_disk(recipe: Recipe) -> int:
     manifests = Path(recipe.out).glob("gradients/*/manifest.json")
     return sum(len(gs.GradientStore.open(manifest.parent)) for manifest in manifests)
+
+
+def kept_bytes(recipe: Recipe, where: str = "*") -> int:
+    """Of the tensors that a run has left."""
+    kept = Path(recipe.out).glob(f"{where}/**/*.safetensors")
+    return sum(tensor.nbytes for file in kept for tensor in load_file(file).values())
 
 
 def calls(works: list[Work]) -> int:
@@ -145,6 +154,8 @@ def test_what_is_said_of_an_estimator_is_what_it_does(
     else:
         assert stored(before) == made
     assert calls(before) == len(judge.requests)
+    texts = [work.stored["bytes"] for work in before if work.stage == "embeddings"]
+    assert sum(texts) == kept_bytes(asked, "embeddings")
     assert {name for name in files_of(result) if not (Path(asked.out) / name).exists()} == set()
     again = walk(asked, tmp_path)
     assert [work.stage for work in again if not work.done] == []
@@ -222,6 +233,48 @@ def test_responses_and_rewards_alone_are_counted(recipe: Callable[..., Recipe], 
         walk(asked, tmp_path, "dance")
 
 
+class Dear(RewardValue):
+    """A reward of no class that is known."""
+
+    programs: ClassVar[int] = 2
+    texts: ClassVar[int] = 3
+    together: ClassVar[int | None] = 5
+
+    kind: Literal["dear"] = "dear"
+    answer: str = "gold"
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        BATCHES.append(len(completions))
+        return [1.0] * len(completions)
+
+    def notes(self) -> list[str]:
+        return ["it is dear"]
+
+
+BATCHES: list[int] = []
+
+
+def test_a_reward_says_what_it_is(
+    recipe: Callable[..., Recipe], tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it reads is missed before anything is sampled, and what decides it, how many responses it is given at once,
+    what is to be said of it and what it takes are the value's own, whatever its class, in a list, too."""
+    told: list[str] = []
+    monkeypatch.setattr(gs.Reporter, "say_once", lambda _, said: told.append(said))
+    pool = tiny.open_pool(tmp_path / "run")
+    for reward in (Dear(), [Length(maximum=9), Dear()]):
+        with pytest.raises(gs.errors.ConfigError, match="the reward dear reads the column 'gold'"):
+            gs.open_prompts(tiny.target, pool, reward).check_reward()
+    target = gs.open_prompts([row | {"gold": ""} for row in target_rows(4)], pool, Dear())
+    assert target.reward_identity() == {"rewards": [{"kind": "dear", "answer": "gold"}], "weights": None, "judge": None}
+    gs.score(pool, target, gs.NICE(sampling=gs.Sampling(**SAMPLING)))
+    assert BATCHES == [5, 3] * 2
+    assert set(told) == {"it is dear"}
+    announced = Walk(recipe(), pool, target, None)
+    announced.earn("rewards", target, 8, 3)
+    assert [(work.programs, work.texts) for work in announced.works] == [(16, 24)]
+
+
 def test_a_choice_and_an_explanation_share_their_gradients(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """An explanation by Adam rows at both checkpoints takes them once, and its own output's at both; once it is there,
     nothing is left of it."""
@@ -289,7 +342,7 @@ def test_factors_take_what_is_said_of_disk_and_memory(
 
 def test_a_benchmark_is_announced(recipe: Callable[..., Recipe], tiny: World) -> None:
     """One pass of the pool at each checkpoint whatever the views, as many retrained rows as the measures take, and the
-    rows with copies of targets three times at each checkpoint."""
+    rows with copies of targets three times at each checkpoint, twice in half the width."""
     methods = [{"kind": "less"}, {"kind": "projected_inverse"}, {"kind": "datainf"}]
     warmup = {"epochs": 1, "rank": 2, "dropout": 0, "batch_size": 8}
     measures = {
@@ -297,12 +350,33 @@ def test_a_benchmark_is_announced(recipe: Callable[..., Recipe], tiny: World) ->
         "budgets": [8],
     }  # fmt: skip
     asked = recipe(bench={"methods": methods, **measures}, warmup=warmup)
-    works = {work.stage: work for work in walked(asked, asked.out + "-plan", silent(), "run")[0].works}
-    assert works["retrainings"].rows == (3 + 2) * 24 + 4 * 8
-    assert works["self-consistency"].rows == 3 * 2 * (24 + 4)
-    passes = [w for w in walked(asked, asked.out + "-plan", silent(), "run")[0].works if w.stage == "pool gradients"]
-    assert [work.rows for work in passes] == [24, 24]
-    assert [work.stored["rows"] for work in passes] == [2 * 24, 3 * 24]
+    works = walked(asked, asked.out + "-plan", silent(), "run")[0].works
+    assert {work.stage: work.rows for work in works if work.stage in ("retrainings", "fine-tunings")} == {
+        "retrainings": (3 + 2) * 24, "fine-tunings": 4 * 8,
+    }  # fmt: skip
+    passes = [work for work in works if work.stage == "pool gradients"]
+    assert [work.rows for work in passes] == [24, 24] + 6 * [24 + 4]
+    views = np.array([2, 3])
+    assert [work.stored["rows"] for work in passes] == [*views * 24, *views * 28, *views * 14, *views * 14]
+
+
+def test_bytes_are_those_that_lie_there(recipe: Callable[..., Recipe], tiny: World) -> None:
+    """Hidden states, steps of trainings and ways back, rows and checkpoints: what is said to lie on disk is what the
+    tensors in the run folder take; retrainings that are kept are not announced again."""
+    methods = [{"kind": kind} for kind in ("rds_plus", "magic", "rerank")]
+    warmup = {"epochs": 1, "rank": 4, "dropout": 0, "batch_size": 8, "learning_rate": 0.01}
+    measures = {"measures": ["lds", "train"], "shares": [0.25], "subsets": 3, "seeds": [0], "budgets": [8]}
+    asked = recipe(bench={"methods": methods, "test": tiny.target, **measures}, warmup=warmup, adapter=[])
+    said = estimate(asked)
+    assert {name for name, stage in said["stages"].items() if not stage["disk_bytes"]} == {"evaluation", "retrainings"}
+    run_bench(asked)
+    assert 0.8 * kept_bytes(asked) < said["total"]["disk_bytes"] < 1.3 * kept_bytes(asked)
+    assert asked.bench is not None
+    again = walked(
+        asked.model_copy(update={"bench": asked.bench.model_copy(update={"subsets": 4})}), asked.out + "-2", silent()
+    )[0]
+    assert said["stages"]["retrainings"]["rows"] == 3 * 3 * 24
+    assert [work.rows for work in again.works if work.stage == "retrainings"] == [3 * 24]
 
 
 FINISHED: dict[str, tuple[Callable[[Recipe], Any], str, dict[str, Any]]] = {

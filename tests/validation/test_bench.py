@@ -24,7 +24,7 @@ from gradsift.gradients import collect
 from gradsift.influence.replay import Replay
 from gradsift.jobs.bench import planted
 from gradsift.recipe import Recipe
-from gradsift.validation.bench import Bench, _Judge, _mean_of, bench, classed
+from gradsift.validation.bench import Bench, Judgement, _mean_of, bench, classed, self_pools
 from gradsift.validation.benchmark import Benchmark, Cost
 from gradsift.validation.datamodel import lds
 from tiny_world import World, pool_rows, target_rows, write_rows
@@ -131,7 +131,7 @@ def test_what_a_method_lacks_is_said_first(
     opened: tuple[gs.Pool, gs.Target], method: gs.Estimator, lacks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A method without what it takes is refused before the first training."""
-    monkeypatch.setattr(_Judge, "_collect", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(Judgement, "_collect", lambda *_: pytest.fail("trained"))
     with pytest.raises(gs.errors.GradsiftError, match=lacks):
         bench(*opened, [gs.LESS(), method], settings=Bench(class_column="source", top=3))
 
@@ -186,11 +186,11 @@ def test_rows_are_removed_for_each_subtask(opened: tuple[gs.Pool, gs.Target], mo
     monkeypatch.setattr(Knowing, "influence", lambda self, *_: told.influence())
     asked: list[np.ndarray[Any, Any]] = []
 
-    def losses(self: _Judge, seed: int, kept: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def losses(self: Judgement, seed: int, kept: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         asked.append(kept)
         return -kept @ worth  # a row's worth is what the loss falls by
 
-    monkeypatch.setattr(_Judge, "_losses", losses)
+    monkeypatch.setattr(Judgement, "_losses", losses)
     settings = Bench(measures=("qld",), removed=(2 / 24,), removals=3, removed_for="subtask")
     (column,) = bench(pool, target, [Knowing()], settings=settings).columns
     random, kept = -asked[0] @ worth, np.ones((2, 24))
@@ -199,7 +199,7 @@ def test_rows_are_removed_for_each_subtask(opened: tuple[gs.Pool, gs.Target], mo
         line[np.argsort(-worth[:, own].mean(axis=1))[:2]] = 0
     expected = gs.qld(np.where(odd, -kept[0] @ worth, -kept[1] @ worth), random).value
     assert column.values["knowing +1"].value == pytest.approx(expected)
-    assert settings.trainings(24, target.subtasks) == [(3 * 2 + 3, 24)]
+    assert settings.trainings(24, target.subtasks) == {"qld": [(3 * 2 + 3, 24)]}
     few = Bench(measures=("lds",), shares=(0.01,), subsets=40)
     bench(pool, target, [Knowing()], settings=few)
     assert len({tuple(line) for line in asked[-1]}) == len(asked[-1]) == 24
@@ -274,6 +274,11 @@ def test_training_on_the_best_scored(
     expected = np.mean(losses[1::2]) - np.mean(losses[::2])
     assert column.values["knowing +1"].value == pytest.approx(expected, abs=1e-9)
     assert expected != 0
+    leaky = bench(pool, target, [Knowing()], settings=settings.model_copy(update={"test": write_rows(
+        tmp_path / "leaky.jsonl", [*target_rows(2), *pool_rows(3)])})).warnings  # fmt: skip
+    assert [said.split(": ")[1].split(" in that")[0] for said in leaky] == [
+        "3 pool rows are", "2 of the target's 6 rows are",
+    ]  # fmt: skip
 
 
 def test_scores_agree_with_themselves(opened: tuple[gs.Pool, gs.Target]) -> None:
@@ -294,6 +299,7 @@ def test_scores_agree_with_themselves(opened: tuple[gs.Pool, gs.Target]) -> None
     assert error.values[cosines.label].value == own.rms
     assert found.sentence == "No method could be judged by how well it ranks."
     assert "error of cosines" in found._repr_html_()
+    assert not any(map(error.near, found.methods))  # a column without a best has nobody near it
 
 
 def test_copies_of_pairs(tiny: World, tmp_path: Path) -> None:
@@ -324,7 +330,7 @@ def test_copies_are_the_rows_themselves(tiny: World, tmp_path: Path, objective: 
     pool = tiny.open_pool(tmp_path / "run", rows[:12], objective=objective)
     asked = [{("q" if key == "prompt" else key): value for key, value in row.items()} for row in rows[12:]]
     target = gs.open_target(asked, pool, columns={"prompt": "q"})
-    held, copied = _Judge(pool, target, Bench(measures=("self",)))._with_copies()
+    (held, *_), copied = self_pools(pool, target, Bench(measures=("self",)))
     assert target.labels is not None
     assert [id_.removeprefix("copy of ") for id_ in held.data.ids] == [*pool.data.ids, *target.labels.ids]
     own = [*pool.data.sequences_at(range(12)), *target.labels.sequences_at(copied)]
@@ -359,6 +365,20 @@ def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypat
     assert min(seconds[method.label] for method in methods) > seconds["random (seed 0)"]
     again = bench(pool, target, methods, settings=Bench(class_column="source"))
     assert again.costs == found.costs
+
+
+def test_costs_are_those_of_a_method_alone(opened: tuple[gs.Pool, gs.Target], tmp_path: Path) -> None:
+    """What another method made before is counted to each that rests on it: the warm-up, rows, and first stages."""
+    pool, target = opened
+    pool = replace(pool, gradients=gs.Gradients(projection=gs.Projection(dim=64)), adapters=[], training=pool.data)
+    methods = [gs.LESS(checkpoints="last"), gs.RDSPlus(), gs.Rerank(candidates=8), gs.RepSim()]
+    kept = {}
+    for number, some in enumerate(([methods[2]], [methods[3]], methods)):
+        own = replace(pool, run=gs.Run(str(tmp_path / str(number))))
+        found = bench(own, target, some, settings=Bench(class_column="source"))
+        kept[number] = {label: cost.bytes for label, cost in found.costs.items()}
+    for alone, method in enumerate(methods[2:]):
+        assert kept[2][method.label] == pytest.approx(kept[alone][method.label], rel=0.1)
 
 
 def test_costs_of_interrupted_attempts_are_counted(
@@ -500,7 +520,7 @@ def test_shares_are_said_as_people_say_them(tmp_path: Path) -> None:
     recipe = Recipe(model="m", pool=write_rows(tmp_path / "p.jsonl", rows), out="o")
     for said_ in ("mislabel:10%", "mislabel: 10 %", "Mislabel:0.1", "mislabel:2", "10%", "0.1"):
         assert sum(one.row["planted"] == "yes" for one in planted(recipe, said_, gs.Reporter(quiet=True))) == 2
-    for said_ in ("mislabel", "mislabel:", "mislabel:-5%", "mislabel:200%", "5% mislabel"):
+    for said_ in ("mislabel", "mislabel:", "mislabel:-5%", "mislabel:200%", "mislabel:2.5", "5% mislabel"):
         with pytest.raises(ConfigError, match="mislabel:SHARE"):
             planted(recipe, said_, gs.Reporter(quiet=True))
     assert Bench(shares=["2%", 0.1], removed=["5 %"]).model_dump(include={"shares", "removed"}) == {
@@ -626,6 +646,13 @@ def test_methods_go_by_their_labels() -> None:
         _ = Bench(methods=(gs.BM25(), gs.BM25(k1=2.0))).judged
 
 
+def test_one_method_and_rows_of_ones_own(opened: tuple[gs.Pool, gs.Target]) -> None:
+    """A method needs no list; what a command plants is not in a pool that Python opened, which is said."""
+    assert bench(*opened, Knowing(), settings=Bench(class_column="source")).methods[0] == "knowing +1"
+    with pytest.raises(ConfigError, match="plant changes rows as a command or a recipe reads them"):
+        bench(*opened, Knowing(), settings=Bench(plant="mislabel:5%"))
+
+
 def test_a_benchmark_is_a_value(opened: tuple[gs.Pool, gs.Target]) -> None:
     """What JSON says of it holds every figure with its interval."""
     found = bench(*opened, [Knowing()], settings=Bench(class_column="source"))
@@ -648,7 +675,7 @@ def _simulated(seed: int) -> Benchmark:
             each[:, draws.integers(4)] = np.nan
         of = {label: partial(_mean_of, each[:, n]) for n, label in enumerate(methods)}
         judge: Any = SimpleNamespace(seed=seed)
-        columns.append(_Judge._column(judge, "train", "part", f"c{number}", of, count, "targets", chance=0.0))
+        columns.append(Judgement._column(judge, "train", "part", f"c{number}", of, count, "targets", chance=0.0))
     costs = {label: Cost(float(draws.random()), 0) for label in methods}
     return Benchmark(tuple(methods), tuple(columns), costs, {})
 
@@ -676,5 +703,5 @@ def test_what_is_recommended_is_nowhere_told_apart_from_the_best() -> None:
         assert found.above_random(named) == max(map(found.above_random, alike))
         first = [one for one in alike if found.above_random(one) == found.above_random(named)]
         assert found.costs[named].seconds == min(found.costs[one].seconds for one in first)
-        seen |= {min(map(len, behind.values())), ("But it is not" in found.sentence) + 10}
+        seen |= {min(map(len, behind.values())), ("is not told apart from a random ranking, as" in found.sentence) + 10}
     assert seen >= {0, 1, 10}, seen

@@ -37,7 +37,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value may be meant by an annotation.
+    """Whether a value may be meant by an annotation; of collections of our values each is looked at.
 
     >>> fits("5%", float | None), fits("less", str | None), fits("a", list[str]), fits(int, int), fits(3, list[str])
     (False, True, False, False, True)
@@ -48,11 +48,10 @@ def fits(value: Any, hint: Any) -> bool:
         return fits(value, get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
         return any(fits(value, one) for one in get_args(hint))
-    own = (
-        isinstance(hint, type) and hint.__module__.startswith("gradsift.") and not getattr(hint, "_is_protocol", False)
-    )
-    if own or hint is type(None):
+    if _is_own(hint) or hint is type(None):
         return isinstance(value, hint)
+    if isinstance(value, list | tuple) and any(map(_is_own, get_args(hint))):
+        return all(isinstance(one, get_args(hint)[0]) for one in value)
     if isinstance(value, str):
         return isinstance(hint, type) and issubclass(str, hint) and get_origin(hint) is None
     return not isinstance(value, type) or get_origin(hint) is type or hint is type
@@ -63,4 +62,11 @@ def _named(value: Any) -> str:
         return f"the text {value[:80]!r}"
     if isinstance(value, type):
         return f"the class {value.__name__} and no value of it, which {value.__name__}() is"
-    return f"a {type(value).__name__}"
+    of = sorted({type(one).__name__ for one in value}) if isinstance(value, list | tuple) else ()
+    return f"a {type(value).__name__}{' of ' * bool(of)}{', '.join(of)}"
+
+
+def _is_own(hint: Any) -> bool:
+    """Whether it is a class of ours, that a value is of or is not."""
+    known = isinstance(hint, type) and not getattr(hint, "_is_protocol", False)
+    return known and hint.__module__.startswith("gradsift.")

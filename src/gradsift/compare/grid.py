@@ -12,9 +12,9 @@ from gradsift.base.errors import ConfigError, DataError, MismatchError, Unusable
 from gradsift.base.progress import Reporter
 from gradsift.context import Pool, Target, prepared_like
 from gradsift.data.dataset import Dataset
-from gradsift.data.load import Columns, load_examples
-from gradsift.data.overlap import hashed
+from gradsift.data.load import Columns
 from gradsift.evaluation.arms import REST_OF_TARGET, Compare, Contender, PairwiseMetric, contenders, with_metric_judge
+from gradsift.evaluation.evaluate import leaks
 from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import subject_of
 from gradsift.influence.diagnostics import check_samples
@@ -22,7 +22,7 @@ from gradsift.influence.estimator import Estimator
 from gradsift.influence.nice import takes_reward
 from gradsift.influence.ratings import with_judge
 from gradsift.jobs.results import Result, write_skipped
-from gradsift.jobs.select_explain import open_recipe, open_recipe_target, rest_of_target, say_account
+from gradsift.jobs.select_explain import open_recipe, open_recipe_target, rest_of_target, say_account, say_left_out
 from gradsift.model import embeddings
 from gradsift.recipe import Recipe
 from gradsift.selection.select import budget_count, check_drop, kept_count
@@ -156,6 +156,7 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
             one.selection.check(one.estimator)
             if one.drop is not None:
                 check_drop(one.estimator, one.selection, recipe.aggregation)
+    say_left_out(recipe, reporter, "compare", "controls", "group_by", "explain", "bench")
     pool = open_recipe(recipe, reporter)
     methods = [one.estimator for one in found if one.estimator is not None]
     target = _target(recipe, pool, methods)
@@ -198,12 +199,12 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
     for metric in (*metrics, *([] if best_by is None else [best_by])):
         met = isinstance(metric, PairwiseMetric) and metric.opponent is not None
         (metric.model_copy(update={"against": "base"}) if met else metric).bind(subject_of(pool, None).base)
-        warnings += _leaks(pool, target, metric)
+        warnings += leaks(pool, target, metric)
     curve = () if job.curve is None else tuple(with_metric_judge(metric, recipe.judge) for metric in job.curve.metrics)
     for metric in curve:
         metric.bind(subject_of(pool, None).base)
     if curve:  # what was chosen by may be what is watched, as in the paper, but what is trained on may not
-        warnings += _leaks(pool, None, curve[0])
+        warnings += leaks(pool, None, curve[0])
     if job.embedding not in (None, embeddings.DEFAULT):
         embeddings.embed(["is it there?"], job.embedding)
     said = tuple(dict.fromkeys(warnings))
@@ -294,20 +295,3 @@ def _check_origin(name: str, data: Dataset, pool: Pool) -> None:
             f"{pool.data.description}, first {foreign[0]!r}: selections of different pools cannot be told apart from "
             "their pools. Choose from one pool, or take the gradsift_ columns out to compare it as a ready data set"
         )
-
-
-def _leaks(pool: Pool, target: Target | None, metric: Any) -> list[str]:
-    """Warnings where what is measured on could be trained on or chosen by."""
-    if metric.kind not in ("loss", "reward", "pairwise"):
-        return []
-    loaded = load_examples(metric.data, columns=metric.columns, what="evaluation data", require_answer=False)
-    tested = {own for _, own in hashed(loaded.examples)}
-    chosen_by = [] if target is None else target.data.hashes
-    said = {
-        "pool rows are in that data, and whoever chooses them has an advantage that is none: take them out of the pool":
-            pool.data.hashes,
-        f"of the target's {len(chosen_by)} rows are in that data, so that it measures what was chosen by: use other "
-        "examples": chosen_by,
-    }  # fmt: skip
-    counts = ((words, sum(own in tested for own in hashes)) for words, hashes in said.items())
-    return [f"{metric.label}: {same} {words}" for words, same in counts if same]

@@ -13,7 +13,10 @@ from pydantic import TypeAdapter
 from gradsift.base.errors import ConfigError, CorruptError, GradsiftError, LockedError, StorageError
 from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.settings import Settings
-from gradsift.context import Setup
+from gradsift.context import Pool, Setup, Target
+from gradsift.data.load import load_examples
+from gradsift.data.overlap import hashed
+from gradsift.data.pairs import are_pairs
 from gradsift.evaluation.metric import BoundMetric, Figure, Measured, Metric, Notebook
 from gradsift.evaluation.setup import Evaluated, Subject, subject_of
 from gradsift.model.models import host
@@ -200,3 +203,21 @@ def _plain(value: Any) -> Any:
     if few and all(isinstance(part, str | int | float | Settings) for part in value):
         return [_plain(part) for part in value]
     return getattr(value, "__name__", None) or f"a {type(value).__name__} in memory"
+
+
+def leaks(pool: Pool, target: Target | None, metric: Any) -> list[str]:
+    """Warnings where what is measured on could be trained on or chosen by."""
+    if metric.kind not in ("loss", "preferences", "reward", "pairwise"):
+        return []
+    how: dict[str, Any] = {"answer": "chosen"} if are_pairs(metric.data, metric.columns) else {}
+    loaded = load_examples(metric.data, columns=metric.columns, what="evaluation data", require_answer=False, **how)
+    tested = {own for _, own in hashed(loaded.examples)}
+    chosen_by = [] if target is None else target.data.hashes
+    said = {
+        "pool rows are in that data, and whoever chooses them has an advantage that is none: take them out of the pool":
+            pool.data.hashes,
+        f"of the target's {len(chosen_by)} rows are in that data, so that it measures what was chosen by: use other "
+        "examples": chosen_by,
+    }  # fmt: skip
+    counts = ((words, sum(own in tested for own in hashes)) for words, hashes in said.items())
+    return [f"{metric.label}: {same} {words}" for words, same in counts if same]

@@ -152,11 +152,8 @@ def _connect(cluster: RayCluster) -> tuple[bool, str]:
     if stop not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
     # Ray writes of each dead worker to standard output, which is for results; we tell of them ourselves.
-    ray._private.worker.print_to_stdstream = _untold
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     return True, str(context.address_info.get("session_dir", _SESSION))
-
-
-def _untold(*_: object, **__: object) -> None: ...
 
 
 def _fitted(cluster: RayCluster, found: dict[str, float]) -> tuple[float, int]:

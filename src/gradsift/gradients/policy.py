@@ -324,7 +324,6 @@ def _could_weigh(rewards: Tensor, place: int, gradient: PolicyGradient) -> bool:
 class PolicySource:
     """Prompts as rows of policy gradients, for `collect`: each row is the weighted sum of its responses' losses.
 
-
     The prompt is run anew for each response: sharing it would need an attention mask of trees.
     """
 

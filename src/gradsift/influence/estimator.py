@@ -6,7 +6,7 @@ import inspect
 import math
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -111,11 +111,9 @@ class Passes:
     tokens: float
     done: bool = False  # whether the run folder has what comes of them
     forward: bool = False  # whether they go forth alone
-    unprojected: bool = False  # whether their gradients are stored, as they are
-    at_most: float = math.inf  # bytes of them that lie on disk together
-    held: int = 0  # of these rows, how many unprojected gradients lie in memory together
-    factors: float = 0.0  # how many checkpoints' Kronecker factors lie on disk together
-    factors_held: float = 0.0  # how many checkpoints' factors lie in memory together
+    stored: Mapping[str, float] = field(default_factory=dict)  # what of them lies on disk, by kinds as in `plan.work`
+    at_most: float = math.inf  # bytes of it that lie there together
+    held: Mapping[str, float] = field(default_factory=dict)  # what lies in memory together, of the same kinds
     number: int = 0  # of the checkpoint, where they go through the model at several
 
 
@@ -200,11 +198,7 @@ class Estimator(Settings):
         return []
 
     def checkpoints_of(self, pool: Pool) -> list[Checkpoint]:
-        """Those of the pool that it reads.
-
-        Raises:
-            ConfigError: it reads Adam's rows, and a checkpoint has no optimizer state.
-        """
+        """Those of the pool that it reads; a ConfigError where it reads Adam's rows, and one has no optimizer state."""
         checkpoints = pool.checkpoints()[-1:] if self.last_checkpoint else pool.checkpoints()
         if self.view == "adam":
             for checkpoint in checkpoints:  # refused before the first gradient is taken
@@ -225,11 +219,7 @@ class Estimator(Settings):
             self.checkpoints_of(pool)
 
     def ready(self, pool: Pool, target: Target | None) -> None:
-        """Train, and do what else may fail, before the pool goes through the model.
-
-        Raises:
-            ConfigError: as `checkpoints_of`.
-        """
+        """Train, and do what else may fail (as `checkpoints_of`), before the pool goes through the model."""
         self.checkpoints_of(pool)
 
     def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
@@ -237,10 +227,8 @@ class Estimator(Settings):
         return [1.0 / len(checkpoints)] * len(checkpoints)
 
     def greedy_terms(self) -> Callable[[Pool, Target, Sequence[str]], GreedyTerms] | None:
-        """What gives the terms of a greedy joint selection of rows by their ids; None where it knows of no pairs.
-
-        Raises:
-            ConfigError: it does, but not with its settings.
+        """What gives the terms of a greedy joint selection of rows by their ids; None where it knows of no pairs, and a
+        ConfigError where its settings leave none.
         """
         return None
 
@@ -269,11 +257,7 @@ class Estimator(Settings):
         return {}
 
     def targets(self, pool: Pool, target: Target) -> Targets:
-        """The token sequences that stand for the target.
-
-        Raises:
-            ConfigError: it takes labels, and prompts have none.
-        """
+        """The token sequences that stand for the target; a ConfigError where it takes labels, and prompts have none."""
         if target.labels is not None and (self.takes == "labels" or target.labels.ids == target.data.ids):
             return target.labels
         if self.takes == "texts" or not isinstance(target.data, Prompts):
@@ -447,7 +431,7 @@ def read_together(methods: Iterable[Estimator]) -> tuple[list[Estimator], list[V
     """Which of methods, and of those they ask first, read stored rows, which of the last checkpoint, and whether with
     sums.
     """
-    reading = [part for method in methods for part in _parts_of(method) if part.view is not None]
+    reading = [part for method in methods for part in parts_of(method) if part.view is not None]
     return reading, views_read(reading), any(method.full_sum for method in reading)
 
 
@@ -462,8 +446,9 @@ def collect_together(pool: Pool, target: Target | None, methods: Iterable[Estima
             rows.stores(last, list(dict.fromkeys([*read, *views])))
 
 
-def _parts_of(method: Estimator) -> list[Estimator]:
-    return [*(part for one in method.before for part in _parts_of(one)), method]
+def parts_of(method: Estimator) -> list[Estimator]:
+    """Those that it asks first, and then itself."""
+    return [*(part for one in method.before for part in parts_of(one)), method]
 
 
 def full_sums(pool: Pool, wanted: bool = True) -> Pool:

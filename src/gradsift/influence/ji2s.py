@@ -229,11 +229,7 @@ class JI2S(TrainingEstimator):
         )
 
     def greedy_terms(self) -> Callable[[Pool, Target, Sequence[str]], GreedyTerms]:
-        """Both terms, of the stored rows.
-
-        Raises:
-            ConfigError: an exact Hessian.
-        """
+        """Both terms, of the stored rows; an exact Hessian is a ConfigError."""
         if self.hessian in ("hvp", "ggn"):
             raise ConfigError(
                 f"selection joint_greedy cannot take hessian {self.hessian}, which needs a pass through the model for "

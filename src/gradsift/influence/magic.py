@@ -183,14 +183,19 @@ class MAGIC(SmoothTraining, Estimator):
             trained = pool.run.manifest(replay.prefix) is not None
             ending = self._ending(source, replay, groups, there=True) if trained else None
             back = ending is not None and replay.returned(ending.note) is not None
-            found.append(Passes("MAGIC's training", rows, tokens, trained))
+            most = self.memory * 2**30
+            found.append(Passes("MAGIC's training", rows, tokens, trained, stored=replay.stored(), at_most=most))
             taken = (FIRST_BACK + FURTHER_BACK * (ways - 1)) * tokens + riding
-            found.append(Passes("MAGIC's way back", rows + len(beside), taken, back))
+            found.append(Passes("MAGIC's way back", rows + len(beside), taken, back, stored=replay.stored(ways)))
             if self.check and seed == pool.seed:
                 losses = None if ending is None else self._check_losses(pool, replay, ending)
                 smooth, plain = (0 if losses is None else losses.count(name) for name in ("smooth", "plain"))
-                times = min(self.check + 1 - smooth, self.check) + (self.check + 1 - plain) * (self.record is None)
-                found.append(Passes("MAGIC's check", times * rows, times * tokens, not times))
+                again = (self.check + 1 - plain) * (self.record is None)  # which leave a checkpoint of each epoch
+                times, left = (
+                    min(self.check + 1 - smooth, self.check) + again,
+                    {"adapters": again * self.plain(pool).epochs},
+                )
+                found.append(Passes("MAGIC's check", times * rows, times * tokens, not times, stored=left))
         return found
 
     def _replay(self, pool: Pool, overlap: set[str], seed: int) -> tuple[Replay, list[str]]:
@@ -224,18 +229,18 @@ class MAGIC(SmoothTraining, Estimator):
         with replay.network_if_asked() as opened:
             ways = [partial(loss_after, replay, opened, ending, own) for own in (None, *weights[1:])]
             smooth = losses.of("smooth", ways)
-        again = [partial(self._plain_loss, pool, own, ending) for own in kept if self.record is None]
-        plain = losses.of("plain", again)
+
+        def plain_loss(own: list[str]) -> float:
+            """After the training that users do of some rows."""
+            return ending.mean(self.losses_after(pool, own, ending, seed=pool.seed + 1, what="MAGIC's check"))
+
+        plain = losses.of("plain", [partial(plain_loss, own) for own in kept if self.record is None])
         return Check(
             tuple(map(tuple, kept)),
             tuple(float((own - 1) @ change) for own in weights[1:]),
             tuple(loss - smooth[0] for loss in smooth[1:]),
             tuple(loss - plain[0] for loss in plain[1:]),  # none of none
         )
-
-    def _plain_loss(self, pool: Pool, ids: SequenceABC[str], ending: Ending) -> float:
-        """The targets' loss after the training that users do of some rows."""
-        return ending.mean(self.losses_after(pool, ids, ending, seed=pool.seed + 1, what="MAGIC's check"))
 
 
 def _without_weight(record: Record) -> list[str]:

@@ -45,7 +45,7 @@ class NICEEKFAC(EKFAC, PolicyEstimator):
         """One over the samples for each group of modules."""
         made = source is not None and checkpoint is not None and self._of_samples(pool, source, checkpoint).made(pool)
         groups = pool.gradients.module_groups
-        return [Passes("EK-FAC's samples", groups * rows, groups * tokens, made, factors_held=1 / groups)]
+        return [Passes("EK-FAC's samples", groups * rows, groups * tokens, made, held={"factors": 1 / groups})]
 
     def _of_samples(self, pool: Pool, source: SequenceSource, checkpoint: Checkpoint) -> Directions:
         return self.model_copy(update={"conjugate_gradient": 0}).found(pool, source, checkpoint)

@@ -62,11 +62,7 @@ class Rerank(Estimator):
         return {"kind": cls.model_fields[info.field_name].default.kind, **value} if isinstance(value, dict) else value
 
     def model_post_init(self, _context: object) -> None:
-        """Refuse a second method that cannot do without projection.
-
-        Raises:
-            ConfigError: it is one.
-        """
+        """Refuse a second method that cannot do without projection."""
         if self.then.needs_projection:
             raise ConfigError(
                 f"then is {self.then.kind}, which inverts a matrix of all dimensions of a module, and unprojected rows "
@@ -150,12 +146,12 @@ class Rerank(Estimator):
                 there[0] = there[0] if kept else scored
             found += [
                 Passes(
-                    "candidates' gradients", count, tokens, there[0], unprojected=True, number=number,
+                    "candidates' gradients", count, tokens, there[0], stored={"unprojected": count}, number=number,
                     at_most=math.inf if kept else _ROWS_BYTES / len(read),
                 ),
                 Passes(
-                    "target gradients", len(source.ids), asked, there[1], unprojected=True, number=number,
-                    held=len(source.ids),
+                    "target gradients", len(source.ids), asked, there[1], stored={"unprojected": len(source.ids)},
+                    held={"unprojected": len(source.ids)}, number=number,
                 ),
             ]  # fmt: skip
         return [*found, *self.then.passes(exact, target, checkpoints)]

@@ -80,7 +80,8 @@ class _OfStates(Estimator):
             config = _config(pool, at, *self.pooled()) | {"data": data.fingerprint}
             kept = known and pool.run.manifest(pool.run.prefix("states", config))
             tokens = float(sum(data.token_counts()))
-            found.append(Passes("hidden states", len(data.ids), tokens, bool(kept), forward=True))
+            stored = {"states": len(data.ids)}
+            found.append(Passes("hidden states", len(data.ids), tokens, bool(kept), forward=True, stored=stored))
         return found
 
     def _at(self, pool: Pool) -> Checkpoint | None:
@@ -157,9 +158,7 @@ def states(
     pool: Pool, source: SequenceSource, checkpoint: Checkpoint | None, pooling: Pooling, layer: int
 ) -> NDArray[np.float16]:
     """Unit vectors of hidden states, float16 `[row dim]`, kept in the run folder; not finite where the model's are not.
-
-    Raises:
-        ConfigError: the model has no such layer.
+    A ConfigError where the model has no such layer.
     """
     adapter = None if checkpoint is None else checkpoint.adapter
     return kept_rows(

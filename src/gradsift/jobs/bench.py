@@ -22,7 +22,7 @@ from gradsift.evaluation.arms import REST_OF_TARGET
 from gradsift.influence.ratings import with_judge
 from gradsift.jobs.pages import publish_page
 from gradsift.jobs.results import data_facts, gradient_facts, how_to_repeat
-from gradsift.jobs.select_explain import open_recipe, open_recipe_target, rest_of_target, say_account
+from gradsift.jobs.select_explain import open_recipe, open_recipe_target, rest_of_target, say_account, say_left_out
 from gradsift.recipe import Recipe
 from gradsift.report.blocks import Facts, Page, Section
 from gradsift.store.run import Run
@@ -57,6 +57,8 @@ def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
 def open_bench(recipe: Recipe, reporter: Reporter, *, announce: bool = True) -> tuple[Pool, Target, Bench]:
     """The pool, with rows planted in it, the target, and the settings, of which each method has its judge."""
     settings = recipe.bench or Bench()
+    of_choices = ("estimator", "controls", "aggregation", "selection", "budget", "drop", "group_by")
+    say_left_out(recipe, reporter, "bench", *of_choices, "explain", "compare")
     _ = settings.asked, settings.judged  # refused before anything is read
     if recipe.target is None:
         raise ConfigError("no target: give --target, a file of examples that the methods are to score rows for")
@@ -80,7 +82,8 @@ def planted(recipe: Recipe, plant: str, reporter: Reporter) -> list[Any]:
         share = parse_budget(size)
     except ValueError:
         share = 0.0
-    if kind.strip().lower() not in ("", "mislabel") or not 0 < share < math.inf:
+    whole = share < 1 or float(share).is_integer()
+    if kind.strip().lower() not in ("", "mislabel") or not 0 < share < math.inf or not whole:
         raise ConfigError(f"plant is {plant!r}: wanted mislabel:SHARE, such as mislabel:5% or mislabel:20")
     pairs: dict[str, Any] = {} if recipe.objective is None else {"answer": "chosen"}
     read = list(ExampleReader(recipe.pool, columns=recipe.columns, what="pool", require_answer=True, **pairs))

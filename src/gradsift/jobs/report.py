@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ from gradsift.jobs.results import (
     summary,
     write_skipped,
 )
+from gradsift.options import SHORT
 from gradsift.recipe import Recipe
 from gradsift.report import text
 from gradsift.report.blocks import (
@@ -469,7 +472,10 @@ def methods_listed(section: str | None = None) -> dict[str, list[tuple[str, str,
     from gradsift.warmup.train import PRESETS, TRAINING_PRESETS
 
     entries = {
-        "Estimators, which rank: --estimator": [_estimator_entry(kind, one) for kind, one in estimators().items()],
+        "Estimators, which rank: --estimator": [
+            *(_estimator_entry(kind, one) for kind, one in estimators().items()),
+            *starmap(_short_entry, SHORT.items()),
+        ],
         "Selectors, which choose by the ranking: --selection of select and explain": [
             (kind, _TAKEN[one.model_construct().takes], _first_paragraph(one)) for kind, one in selectors().items()
         ],
@@ -513,8 +519,15 @@ def print_methods(listed: Mapping[str, list[tuple[str, str, str]]]) -> None:
             out.print(Padding(Words(said), (0, 0, 1, 4)))
 
 
-def _estimator_entry(kind: str, one: type[Estimator]) -> tuple[str, str, str]:
-    view = one.model_construct().view
+def _short_entry(kind: str, long: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Of a kind that is another with some fields."""
+    fields = {name: value for name, value in long.items() if name != "kind"}
+    said = f"{long['kind']} with {', '.join(f'{name}: {json.dumps(value)}' for name, value in fields.items())}."
+    return (*_estimator_entry(kind, estimators()[long["kind"]], **fields)[:2], said)
+
+
+def _estimator_entry(kind: str, one: type[Estimator], **fields: Any) -> tuple[str, str, str]:
+    view = one.model_construct(**fields).view
     reads = f"{one.takes if one.needs_target else 'no target'}{'' if view is None else f', {view} rows'}"
     return kind, reads, _first_paragraph(one)
 

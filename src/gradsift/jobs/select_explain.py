@@ -213,11 +213,18 @@ def run_recipe(recipe: Recipe, reporter: Reporter | None = None) -> Result:
 
     Its `compare:` is left to `run_compare`, which may take a hundred times as long; a line says so.
     """
-    if recipe.compare is not None and reporter is not None:
-        reporter.say("this recipe also has `compare:`, which run leaves out: `gradsift compare` with it does that")
+    say_left_out(recipe, reporter, "run", "compare")
     if chooses(recipe):
         return run_select(recipe, reporter, command="run")
     return run_explain(recipe, reporter, command="run")
+
+
+def say_left_out(recipe: Recipe, reporter: Reporter | None, command: str, *names: str) -> None:
+    """Say which of these parts, where the recipe has them, a command does not read."""
+    found = [f"`{name}:`" for name in names if name in recipe.model_fields_set and getattr(recipe, name) is not None]
+    if found and reporter is not None:
+        does = ": `gradsift compare` with it does that" if found == ["`compare:`"] else ""
+        reporter.say(f"this recipe also has {', '.join(found)}, which {command} leaves out{does}")
 
 
 def chooses(recipe: Recipe) -> bool:

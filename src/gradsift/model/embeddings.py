@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -53,6 +54,13 @@ def at_hand(model: str = DEFAULT) -> bool:
         return isinstance(try_to_load_from_cache(model, "modules.json"), str)
     except ValueError:  # no hub id either
         return False
+
+
+def width(model: str) -> int:
+    """Dimensions of an embedding, as the model's files say; 0 where they are not there."""
+    folder = _folder_of(place_of(model))
+    found: int = 0 if folder is None else json.loads((Path(folder) / "config.json").read_text()).get("hidden_size", 0)
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -106,6 +106,7 @@ def _of_model(
         "bytes": 1.0,
         "rows": float(projector.dim * _ROW_BYTES[recipe.gradients.dtype]),
         "unprojected": trained * 2.0,
+        "states": base.config.get_text_config().hidden_size * 2.0,
         "factors": 4.0 * (sum(map(factor_entries, modules.captured)) + trained),
         "adapters": trained * 12.0,  # weights and both moments
         "models": parameters * 4.0,

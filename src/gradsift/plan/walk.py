@@ -51,6 +51,7 @@ from gradsift.influence.estimator import (
     Estimator,
     Passes,
     conversations,
+    parts_of,
     read_together,
     target_view,
     views_read,
@@ -66,6 +67,7 @@ from gradsift.influence.ratings import (
     missing_ratings,
 )
 from gradsift.influence.rds import missing_embeddings
+from gradsift.influence.smooth import SmoothTraining
 from gradsift.jobs.bench import open_bench
 from gradsift.jobs.rollouts import check_rollouts
 from gradsift.jobs.select_explain import (
@@ -88,7 +90,7 @@ from gradsift.selection.random import RandomChoice
 from gradsift.selection.select import budget_count, kept_count
 from gradsift.selection.selector import Selector, reader_beside
 from gradsift.store.run import Run
-from gradsift.validation.bench import Bench, is_benched
+from gradsift.validation.bench import Bench, Judgement, is_benched, self_pools
 from gradsift.validation.validate import is_validated
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import Training, kept_training, warm_up_ids
@@ -156,22 +158,48 @@ class Walk:
 
     def judge(self, settings: Bench) -> Walk:
         """What `gradsift bench` would do: every method's scores, and the trainings that they are held against."""
-        methods = [method for method in settings.judged if method.view is not None]
-        self._rows_together(methods, sums=any(method.full_sum for method in methods))
-        for method in settings.judged:
-            self._score(method)
         assert self.target is not None
-        trainings = settings.trainings(len(self.pool.data) - len(self.target.overlap), self.target.subtasks)
-        rows = sum(times * count for times, count in trainings) * self.recipe.warmup.epochs
+        judge = Judgement(self.kept or self.pool, self.target, settings)
+        judge.check()
         done = self.kept is not None and is_benched(self.kept, self.target, settings)
-        if rows:
-            self.add(Work("retrainings", rows, backward=rows * float(self.pool.data.lengths.mean()), done=done))
-        if "self" in settings.asked and methods:
-            count = settings.rows_with_copies(len(self.pool.data), len(self.target.data.ids))
-            count *= 3 * len(self._checkpoints())  # by the run's projection, and by two of half its width
-            read = count * float(self.pool.data.lengths.mean())
-            self.add(Work("self-consistency", count, backward=read, done=done))
+        self.target = judge.target
+        self._judged(settings.judged)
+        self._retrain(judge, done=done)
+        if "self" in settings.asked:
+            (whole, *halves), _ = self_pools(self.pool, self.target, settings)
+            methods = [method for method in settings.judged if not isinstance(method, SmoothTraining)]
+            own = self.pool
+            for pool in (whole, *halves):
+                self.pool, self._there = pool, {}
+                self.kept = self.kept and replace(pool, run=self.kept.run, reporter=self.kept.reporter)
+                self._judged([method for method in methods if pool is whole or method.view is not None])
+            self.pool = own
         return self
+
+    def _judged(self, methods: Sequence[Estimator]) -> None:
+        reading = [part for method in methods for part in parts_of(method) if part.view is not None]
+        self._rows_together(reading, sums=any(method.full_sum for method in reading))
+        for method in methods:
+            self._score(method)
+
+    def _retrain(self, judge: Judgement, *, done: bool) -> None:
+        """The trainings that scores are held against, and the losses after them."""
+        target, settings, pool = judge.target, judge.settings, self.pool
+        epochs, mean = self.recipe.warmup.epochs, float(pool.data.lengths.mean())
+        trainings = settings.trainings(int(judge.available.sum()), target.subtasks)
+        if "train" in trainings:
+            base = subject_of(pool, None).base
+            read = judge.held_out.bind(base).needs(base).read
+            for times, size in trainings.pop("train"):
+                rows = times * size * epochs
+                left = {"adapters": times * epochs}
+                self.add(Work("fine-tunings", rows, backward=rows * mean, stored=left, tasks=times, done=done))
+                self.add(Work("evaluation", times * len(read), forward=float(times * sum(read)), done=done))
+        if trainings:
+            times = sum(times for own in trainings.values() for times, _ in own) - judge.known()
+            asked = 0 if target.labels is None else int(target.labels.lengths.sum())
+            rows = times * int(judge.available.sum()) * epochs
+            self.add(Work("retrainings", rows, rows * mean, float(times * asked), tasks=times, done=done or not times))
 
     def compare(self, grid: Grid) -> Walk:
         """What `gradsift compare` would do: choices at each warm-up, then every cell."""
@@ -256,12 +284,9 @@ class Walk:
         """Rows that methods take through the model, counted once."""
         if self.is_new("passes", *(repr(part) for part in by), one, self.pool.seed):
             backward, forward = (0.0, one.tokens) if one.forward else (one.tokens, 0.0)
-            stored = {"unprojected": float(one.rows if one.unprojected else 0), "factors": one.factors}
-            held = {"unprojected": one.held, "factors": one.factors_held}
-            kept, there = ({kind: n for kind, n in own.items() if n} for own in (stored, held))
             done = one.done and self.kept is not None
             self.add(Work(
-                one.stage, one.rows, backward, forward, stored=kept, at_most=one.at_most, held=there, done=done
+                one.stage, one.rows, backward, forward, stored=one.stored, at_most=one.at_most, held=one.held, done=done
             ))  # fmt: skip
 
     def _gradients(self, method: Estimator, *, targets: bool) -> None:
@@ -352,7 +377,7 @@ class Walk:
 
     def _collect(self, rows: _Rows, number: int, views: Iterable[View], sums: bool) -> None:
         """As `gradsift.gradients.collect.collect`: one pass for the views that are not there yet."""
-        wanted = dict.fromkeys(kept_as(view, self.recipe.gradients.projection) for view in views)
+        wanted = dict.fromkeys(kept_as(view, self.pool.gradients.projection) for view in views)
         known = {view: self._there.get((rows.name, number, view)) for view in wanted}
         missing = [view for view, held in known.items() if held is None or (sums and not held)]
         if not missing:
@@ -360,12 +385,13 @@ class Walk:
         checkpoint = self._checkpoints()[number]
         self._there |= {(rows.name, number, view): sums for view in missing}
         made = [view for view in missing if not self._holds(rows.source, checkpoint, view, sums)]
+        width = self.pool.gradients.projection.dim / self.recipe.gradients.projection.dim
         if not any(name == rows.name and place != number for name, place, _ in self._there):
             self._answers(rows.source, rows.count, rows.tokens, not made)
         self._answers(rows.source, rows.count, rows.tokens, not made)
         self.add(
             Work(
-                rows.stage, rows.count, backward=rows.tokens, stored={"rows": rows.count * len(made)},
+                rows.stage, rows.count, backward=rows.tokens, stored={"rows": rows.count * len(made) * width},
                 tasks=(rows.count, rows.tokens / max(1, rows.count)), done=not made,
             )
         )  # fmt: skip
@@ -374,7 +400,7 @@ class Walk:
         """Whether the run folder has a store."""
         if self.kept is None or source is None or checkpoint is None:
             return False
-        gradients = self.recipe.gradients.model_copy(update={"full_sum": sums})
+        gradients = self.pool.gradients.model_copy(update={"full_sum": sums})
         return replace(self.kept, gradients=gradients).kept(source, checkpoint, view) is not None
 
     # --- rewards ------------------------------------------------------------------------------------------------------
@@ -516,12 +542,13 @@ class Walk:
         self.add(replace(work, done=not waiting))
 
     def _embedded(self, name: str, texts: list[str], model: str) -> None:
-        if not self.is_new("embeddings", name, model):
+        if not self.is_new("embeddings", name, model, self.pool.data.fingerprint):
             return
         count = len(texts)
         if self.kept is not None and embeddings.at_hand(model):
             count = missing_embeddings(self.kept.run, texts, model)
-        self.add(Work("embeddings", texts=count, seconds=None if count else 0.0, done=not count))
+        stored = {"bytes": 4 * count * embeddings.width(model)}
+        self.add(Work("embeddings", texts=count, seconds=None if count else 0.0, stored=stored, done=not count))
 
     # --- explaining ---------------------------------------------------------------------------------------------------
 
@@ -780,12 +807,12 @@ def walked(recipe: Recipe, scratch: str, reporter: Reporter, command: str = "run
         rewarded = command == "reward"
         prompts = open_recipe_target(inside.model_copy(update={"keep_overlap": True}), pool, rewarded=rewarded)
         return Walk(recipe, pool, prompts, _kept_pool(recipe, pool)).roll_out(rewarded=rewarded), None
-    if recipe.compare is not None:
-        grid = open_grid(inside, recipe.compare, reporter)
-        return Walk(recipe, grid.pool, grid.target, _kept_pool(recipe, grid.pool)).compare(grid), grid
     if recipe.bench is not None:
         pool, known, settings = open_bench(inside, reporter, announce=False)
         return Walk(recipe, pool, known, _kept_pool(recipe, pool)).judge(settings), None
+    if recipe.compare is not None:
+        grid = open_grid(inside, recipe.compare, reporter)
+        return Walk(recipe, grid.pool, grid.target, _kept_pool(recipe, grid.pool)).compare(grid), grid
     pool = open_recipe(inside, reporter, announce=False)
     wanted = takes_reward(recipe.estimator) or (recipe.target is not None and chooses(recipe))
     target = open_recipe_target(inside, pool) if wanted else None

@@ -69,8 +69,8 @@ class Work:
     programs: that unit tests run
     texts:    that another model reads: for a reward, or to embed them
     seconds:  that it takes beside; None where nobody knows beforehand
-    stored:   what lies on disk: `rows` of gradients, `unprojected` ones, `adapters`, `models`, checkpoints' Kronecker
-        `factors` and `bytes`
+    stored:   what lies on disk: `rows` of gradients, `unprojected` ones, hidden `states`, `adapters`, `models`,
+        checkpoints' Kronecker `factors` and `bytes`
     at_most:  bytes of it that lie there together, where the rest is gone by then
     held:     what lies in memory together, of the same kinds
     tasks:    that workers share; or rows with their mean tokens, which are cut into shards

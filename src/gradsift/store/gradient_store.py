@@ -333,10 +333,8 @@ class GradientStore:
         return torch.cat(parts) if parts else torch.empty(0, self.dim)
 
     def rows_by_id(self, ids: Sequence[str]) -> Tensor:
-        """Rows of the ids `[id dim]`, in the order asked for.
-
-        Raises:
-            MismatchError: an id is not in the store; the message says which and whether it was left out.
+        """Rows of the ids `[id dim]`, in the order asked for; the MismatchError of one that is not there says whether
+        it was left out.
         """
         places = self.ids.positions(ids)
         missing = np.flatnonzero(places < 0)
@@ -385,10 +383,8 @@ class GradientStore:
         return torch.stack(known).sum(dim=0) if known and len(known) == shards else None
 
     def blocks(self) -> list[tuple[int, int]]:
-        """The columns (start, stop) of each module, for estimators that take them one by one.
-
-        Raises:
-            MismatchError: the modules share their columns.
+        """The columns (start, stop) of each module, for estimators that take them one by one; a MismatchError where
+        modules share them.
         """
         spans = list(self.segments.values())
         if any(stop > start for (_, stop), (start, _) in pairwise(spans)):
@@ -399,10 +395,8 @@ class GradientStore:
         return spans
 
     def check_comparable(self, target: GradientStore) -> None:
-        """Refuse a pair of stores whose rows live in different spaces.
-
-        Raises:
-            MismatchError: model, adapter, template, projection or modules differ; the message names them.
+        """Refuse a pair of stores whose rows live in different spaces: the MismatchError names what differs of model,
+        adapter, template, projection and modules.
         """
         keys = ("model", "adapter", "modules", "projection", "segments", "template", "revision")
         found = {key: target.config.get(key) for key in keys}

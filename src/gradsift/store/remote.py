@@ -364,19 +364,14 @@ class RemoteStorage:
 
 
 class _Claim(Record):
-    """Who holds a run, as its object `lock` says.
-
-    token: of the holder; workers that it has started hold the run by the same
-    machine, process, born: where it runs, its number, and when it began; by these a dead one is told on its machine
-    renewed: when it last said so, by its clock
-    """
+    """Who holds a run, as its object `lock` says."""
 
     owner: str
-    token: str = ""
-    machine: str = ""
+    token: str = ""  # of the holder; workers that it has started hold the run by the same
+    machine: str = ""  # where it runs; by this, its number and when it began, a dead one is told on its machine
     process: int = 0
     born: float = 0.0
-    renewed: float = 0.0
+    renewed: float = 0.0  # when it last said so, by its clock
 
 
 class _Lease:

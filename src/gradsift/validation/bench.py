@@ -25,14 +25,21 @@ from gradsift.context import Pool, Target
 from gradsift.data.load import Columns
 from gradsift.data.pairs import Pairs, joined_like
 from gradsift.evaluation.arms import expanded
-from gradsift.evaluation.evaluate import measure
+from gradsift.evaluation.evaluate import leaks, measure
 from gradsift.evaluation.fine_tune import train_on
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.setup import subject_of
 from gradsift.execution.engine import LOCAL
 from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.bm25 import BM25
-from gradsift.influence.estimator import Estimator, TargetsByCheckpoint, full_sums, target_view, views_read
+from gradsift.influence.estimator import (
+    Estimator,
+    TargetsByCheckpoint,
+    full_sums,
+    parts_of,
+    target_view,
+    views_read,
+)
 from gradsift.influence.estimators import AnyEstimator
 from gradsift.influence.less import LESS
 from gradsift.influence.random import Random
@@ -53,6 +60,7 @@ from gradsift.validation.ranking import (
     reciprocal_rank,
     reciprocal_rank_by_chance,
 )
+from gradsift.warmup.checkpoint import Checkpoint
 from gradsift.warmup.train import Training
 
 Units = NDArray[np.int64]
@@ -160,32 +168,26 @@ class Bench(Settings):
             )
         return (*others, next((one for one in self.methods if one.by_chance), Random()))
 
-    def rows_with_copies(self, rows: int, targets: int) -> int:
-        """How many rows and copies of targets `self` takes, of so many rows and targets."""
-        return min(rows, _AMONG) + min(targets, self.copies)
-
-    def trainings(self, available: int, subtasks: Sequence[str] | None) -> list[tuple[int, int]]:
-        """At most: how many, and the rows of each that are not left out, of so many that there are."""
-        asked, count, found = self.asked, len(self.judged), []
+    def trainings(self, available: int, subtasks: Sequence[str] | None) -> dict[Measure, list[tuple[int, int]]]:
+        """At most, of each measure: how many, and the rows of each that are not left out, of so many that there are."""
+        count = len(self.judged)
         groups = len(set(subtasks or [""])) if self.removed_for == "subtask" else 1
-        if "lds" in asked:
-            found.append((len(self.shares) * self.subsets * (1 + len(_OTHER_SEEDS)), available))
-        if "qld" in asked:
-            found.append((len(self.removed) * ((count - 1) * groups + self.removals), available))
-        if "train" in asked:
-            sizes = [budget_count(budget, available) for budget in self.budgets]
-            found += [(count * len(self.seeds), size) for size in sizes]
-        return found
+        found: dict[Measure, list[tuple[int, int]]] = {
+            "lds": [(len(self.shares) * self.subsets * (1 + len(_OTHER_SEEDS)), available)],
+            "qld": [(len(self.removed) * ((count - 1) * groups + self.removals), available)],
+            "train": [(count * len(self.seeds), budget_count(budget, available)) for budget in self.budgets],
+        }
+        return {name: own for name, own in found.items() if name in self.asked}
 
 
 def bench(
     pool: Pool,
     target: Target,
-    methods: Sequence[Estimator] | None = None,
+    methods: Estimator | Sequence[Estimator] | None = None,
     *,
     settings: Bench | None = None,
 ) -> Benchmark:
-    """Judge methods by how well their scores find what is known, or foretell what retraining does.
+    """Judgement methods by how well their scores find what is known, or foretell what retraining does.
 
     Scores and retrainings are kept in the run folder: what was interrupted goes on, and a further method costs its own
     scores alone. A method that fails is listed, and the others are judged.
@@ -193,7 +195,7 @@ def bench(
     Args:
         pool: from `open_pool`; retraining is by its `warmup`, on all of `pool.data`.
         target: from `open_target`; without subtasks, classes are its subtasks.
-        methods: what is judged, in place of those of `settings`.
+        methods: what is judged, one or several, in place of those of `settings`.
         settings: the measures and their sizes.
 
     Raises:
@@ -208,9 +210,11 @@ def bench(
     own = settings or Bench()
     target = classed(target, own)
     if methods is not None:
-        own = own.model_copy(update={"methods": tuple(methods)})
-    judge = _Judge(pool, target, own)
-    if trainings := own.trainings(int(judge.available.sum()), target.subtasks):
+        given = (methods,) if isinstance(methods, Estimator) else tuple(methods)
+        own = own.model_copy(update={"methods": given})
+    judge = Judgement(pool, target, own)
+    by_measure = own.trainings(int(judge.available.sum()), target.subtasks)
+    if trainings := [one for found in by_measure.values() for one in found]:
         rows = sum(times * count for times, count in trainings) * pool.warmup.epochs
         pool.reporter.say(
             f"bench: up to {sum(times for times, _ in trainings)} retrainings, {rows:,} rows together; those that are "
@@ -246,8 +250,8 @@ def classed(target: Target, settings: Bench) -> Target:
     return replace(target, subtasks=tuple(", ".join(sorted(_said(one))) for one in said))
 
 
-class _Judge:
-    """A benchmark under way."""
+class Judgement:
+    """A benchmark under way, or that is to come: nothing is done before `benchmark`."""
 
     def __init__(self, pool: Pool, target: Target, settings: Bench) -> None:
         lacking = [*filter(None, (method.without_labels(target) for method in settings.judged))]
@@ -256,18 +260,18 @@ class _Judge:
         self.whole: dict[str, NDArray[np.float64]] = {}  # [row], over targets
         self.costs: dict[str, Cost] = {}
         self.failed: dict[str, str] = {}
-        excluded = {skip.id for skip in target.overlap}
-        self.available = np.array([id_ not in excluded for id_ in pool.data.ids])
+        self.available = is_available(pool, target)
         self.seed = pool.seed
         self.warnings = [f"{lacking[0]}; nor do they for other methods"] if lacking else list[str]()
 
     def benchmark(self) -> Benchmark:
+        """All of it, and what it comes to."""
         makers: dict[Measure, Callable[[], list[Column]]] = {
             "recall": self._recall, "filter": self._filter, "lds": self._lds, "qld": self._qld, "train": self._train,
             "self": self._self,
         }  # fmt: skip
         asked = self.settings.asked
-        self._check(asked)
+        self.check()
         shared = self._collect(self.pool)
         for method in self.settings.judged:
             self._score(method, shared)
@@ -286,8 +290,9 @@ class _Judge:
             tuple(self.scores), tuple(columns), self.costs, self.failed, tuple(self.warnings), self.pool.run.place
         )
 
-    def _check(self, asked: Sequence[Measure]) -> None:
-        """Refuse what cannot be measured, before anything heavy."""
+    def check(self) -> None:
+        """Refuse what cannot be measured, or judged, before anything heavy."""
+        asked = self.settings.asked
         labels = self.target.labels
         if labels is None or len(labels) != len(self.target.data):
             for name in {"lds", "qld", "self"}.intersection(asked):
@@ -305,7 +310,8 @@ class _Judge:
                 "give targets of the rows' kind, or leave self out"
             )
         _ = self.of_class if "recall" in asked else None, self.marked if "filter" in asked else None
-        _ = self.held_out if "train" in asked else None
+        for leak in leaks(self.pool, self.target, self.held_out) if "train" in asked else ():
+            self._warn(leak)
         for method in self.settings.judged:
             method.preflight(self.pool, self.target)
 
@@ -314,17 +320,32 @@ class _Judge:
         self.pool.reporter.warn(f"bench: {said}")
 
     def _collect(self, pool: Pool) -> dict[str, Cost]:
-        """The rows that methods read, all views of a checkpoint in one pass; what they cost, by the method's label."""
+        """The warm-up, and the rows that methods read, all views of a checkpoint in one pass; what they cost, by the
+        method's label.
+        """
         found: dict[str, Cost] = {}
-        readers = [method for method in self.settings.judged if method.view is not None]
-        if readers:  # of an error each method meets its own, and is listed with it
-            attempted("rows", partial(self._collected, pool, readers, found))
+        training = [one for method in self.settings.judged for one in parts_of(method) if self._reads_checkpoints(one)]
+        if training:  # of an error each method meets its own, and is listed with it
+            attempted("rows", partial(self._collected, pool, training, found))
         return found
 
-    def _collected(self, pool: Pool, readers: list[Estimator], found: dict[str, Cost]) -> None:
+    def _reads_checkpoints(self, method: Estimator) -> bool:
+        """Whether it reads the pool's, whoever trains them."""
+        asked: list[None] = []
+
+        def planned() -> list[Checkpoint | None]:
+            asked.append(None)
+            return [None]
+
+        method.passes(self.pool, self.target, planned)
+        return method.view is not None or bool(asked)
+
+    def _collected(self, pool: Pool, training: Sequence[Estimator], found: dict[str, Cost]) -> None:
         """Puts what they cost into `found`."""
         warmup = ["warm-up", pool.warmup.model_dump(mode="json"), pool.seed]
         checkpoints, trained = self._timed(warmup, pool.checkpoints)
+        found |= {method.label: trained for method in training}
+        readers = [method for method in training if method.view is not None]
         targets = {method.label: method.targets(pool, self.target) for method in readers}
         rows = full_sums(pool) if any(method.full_sum for method in readers) else pool
         for number, checkpoint in enumerate(checkpoints):
@@ -336,7 +357,7 @@ class _Judge:
             config = [fingerprint(pool.at(checkpoint).config(pool.data, view)) for view in views]
             _, pass_ = self._timed(["rows", config], partial(rows.stores, checkpoint, views))
             cost = Cost(pass_.seconds, pass_.bytes // max(1, len(views)))
-            found |= {method.label: found.get(method.label, trained) + cost for method in reading}
+            found |= {label: found[label] + cost for label in {method.label for method in reading}}
             asked = {  # responses of a policy are drawn where its own method is scored, which they are counted to
                 (source, target_view(method.view))
                 for method in reading
@@ -364,16 +385,21 @@ class _Judge:
         return made, cost
 
     def _score(self, method: Estimator, shared: Mapping[str, Cost]) -> None:
-        pool = self.pool
-        work = [method.model_dump(mode="json"), pool.data.fingerprint, self.target.data.fingerprint, pool.seed]
-        made = attempted("scores", partial(self._timed, ["scores", work], partial(score, pool, self.target, method)))
+        made = attempted("scores", partial(self._scored, method, shared))
         if isinstance(made, Stopped):
             self.failed[method.label] = made.error
-            pool.reporter.warn(f"bench: {method.label} failed, the others go on: {made.error}")
+            self.pool.reporter.warn(f"bench: {method.label} failed, the others go on: {made.error}")
             return
-        found, own = made
-        self.costs[method.label] = shared.get(method.label, Cost(0.0, 0)) + own
+        found, self.costs[method.label] = made
         self.scores[method.label], self.whole[method.label] = self._placed(found)
+
+    def _scored(self, method: Estimator, shared: Mapping[str, Cost]) -> tuple[Scores, Cost]:
+        """Its scores, and what they cost with all that they rest on, whichever method was first to make that."""
+        pool = self.pool
+        before = [self._scored(one, shared)[1] for one in method.before]
+        work = [method.model_dump(mode="json"), pool.data.fingerprint, self.target.data.fingerprint, pool.seed]
+        found, own = self._timed(["scores", work], partial(score, pool, self.target, method))
+        return found, sum([*before, own], shared.get(method.label, Cost(0.0, 0)))
 
     def _placed(self, found: Scores, pool: Pool | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Scores at the pool's places: of every target, and over targets."""
@@ -416,6 +442,11 @@ class _Judge:
     def marked(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Which rows are to be found, and among which, `[row]`."""
         settings = self.settings
+        if settings.plant is not None and not any(self.pool.data.values("planted")):
+            raise ConfigError(
+                "plant changes rows as a command or a recipe reads them: open a pool of changed rows, and say which "
+                "those are (marked)"
+            )
         wanted = self._rows_of("planted=yes" if settings.plant is not None else str(settings.marked), "marked")
         among = self.available if settings.among is None else self.available & self._rows_of(settings.among, "among")
         if not (wanted & among).any() or not (~wanted & among).any():
@@ -559,16 +590,38 @@ class _Judge:
             own[rows] = 0.0
         return kept
 
+    def known(self) -> int:
+        """How many of the retrainings that need no scores are kept."""
+        asked, settings = self.settings.asked, self.settings
+        drawn: list[tuple[float, int, Sequence[int]]] = []
+        drawn += [(share, settings.subsets, (0, *_OTHER_SEEDS)) for share in settings.shares if "lds" in asked]
+        drawn += [(share, settings.removals, (0,)) for share in settings.removed if "qld" in asked]
+        found = 0
+        for share, count, seeds in drawn:
+            for seed in seeds:
+                *_, losses, names = self._kept_losses(seed, self._subsets(share, count))
+                found += sum(map(bool, map(losses.count, names)))
+        return found
+
+    def _kept_losses(self, seed: int, kept: NDArray[np.float64]) -> tuple[Replay, SequenceSource, Losses, list[str]]:
+        """Of trainings with these weights of the rows: their replay, the targets, what is kept of them, and names."""
+        source, ids = self.target.labels, self.pool.data.ids
+        assert source is not None
+        replay = self._replay(seed)
+        losses = replay.losses(fingerprint(["bench", source.fingerprint]), "bench")
+        return (
+            replay,
+            source,
+            losses,
+            [fingerprint([id_ for id_, own in zip(ids, line, strict=True) if own]) for line in kept],
+        )
+
     def _losses(self, seed: int, kept: NDArray[np.float64]) -> NDArray[np.float64]:
         """Every target's loss after a training with these weights of the rows, `[training target]`, nats."""
-        replay, ids = self._replay(seed)
-        source = self.target.labels
-        assert source is not None
-        losses: Losses = replay.losses(fingerprint(["bench", source.fingerprint]), "bench")
-        names = [fingerprint([id_ for id_, own in zip(ids, line, strict=True) if own]) for line in kept]
+        replay, source, losses, names = self._kept_losses(seed, kept)
         missing = {name: line for name, line in zip(names, kept, strict=True) if not losses.count(name)}
         if missing:
-            places = self.pool.training.positions(ids)
+            places = self.pool.training.positions(self.pool.data.ids)
             tasks = []
             for line in missing.values():
                 weights = np.zeros(len(self.pool.training))
@@ -586,11 +639,10 @@ class _Judge:
                 yield position, found
                 advance(1)
 
-    def _replay(self, seed: int) -> tuple[Replay, Sequence[str]]:
+    def _replay(self, seed: int) -> Replay:
         smooth = SmoothTraining() if self.settings.smooth else SmoothTraining(warmup_ratio=0, eps_root=0)
-        ids = list(self.pool.data.ids)
-        own = sorted(id_ for id_, there in zip(ids, self.available, strict=True) if there)
-        return smooth.replay(self._pool_of_tasks, own, [], seed=self.seed + seed, what="bench"), ids
+        own = sorted(id_ for id_, there in zip(self.pool.data.ids, self.available, strict=True) if there)
+        return smooth.replay(self._pool_of_tasks, own, [], seed=self.seed + seed, what="bench")
 
     @cached_property
     def _pool_of_tasks(self) -> Pool:
@@ -634,14 +686,9 @@ class _Judge:
 
     def _self(self) -> list[Column]:
         """Whether a copy of a target ranks first for it, whether two projections agree, and the stored rows' error."""
-        pool, copied = self._with_copies()
-        self._collect(pool)
-        half = pool.gradients.projection.dim // 2
-        halves = []
-        for own in (1, 2) if (whole := pool.gradients.projection).kind != "none" else ():
-            projection = whole.model_copy(update={"dim": half, "seed": whole.seed + own})
-            halves.append(replace(pool, gradients=pool.gradients.model_copy(update={"projection": projection})))
-            self._collect(halves[-1])
+        (pool, *halves), copied = self_pools(self.pool, self.target, self.settings)
+        for own in (pool, *halves):
+            self._collect(own)
         nothing = np.full(len(copied), np.nan)
         first: dict[str, NDArray[np.float64]] = {}
         agree: dict[str, NDArray[np.float64]] = {}
@@ -677,17 +724,6 @@ class _Judge:
             unmarked = dict.fromkeys(error, _UNKNOWN)
             columns.append(Column("self", part, "error of cosines", error, "", unmarked, over, counts=False))
         return columns
-
-    def _with_copies(self) -> tuple[Pool, Units]:
-        """Some of the pool's rows and copies of some targets as its last ones, and which targets those are."""
-        pool, asked = self.pool, self.target.labels
-        assert asked is not None
-        generator = np.random.default_rng([self.seed, self.settings.copies])
-        there = np.flatnonzero(self.available)
-        rows = np.sort(generator.choice(there, min(len(there), _AMONG), replace=False))
-        copied = np.sort(generator.choice(len(asked), min(len(asked), self.settings.copies), replace=False))
-        data = joined_like(pool.data.subset(rows), asked.subset(copied), _COPY, pool.reporter)
-        return replace(pool, data=data, around=pool.population), copied
 
     def _error_of(self, method: Estimator) -> Estimate:
         """Root mean square of what is off in the cosines of stored rows with targets'."""
@@ -736,6 +772,30 @@ class _Judge:
             for n, label in enumerate(labels)
         }
         return Column(measure, part, name, found, labels[best], behind, over, **more)
+
+
+def self_pools(pool: Pool, target: Target, settings: Bench) -> tuple[list[Pool], Units]:
+    """What `self` scores: some of the pool's rows and copies of some targets as its last ones, and the same with two
+    projections of half the width; and which targets those are.
+    """
+    asked = target.labels
+    assert asked is not None
+    generator = np.random.default_rng([pool.seed, settings.copies])
+    there = np.flatnonzero(is_available(pool, target))
+    rows = np.sort(generator.choice(there, min(len(there), _AMONG), replace=False))
+    copied = np.sort(generator.choice(len(asked), min(len(asked), settings.copies), replace=False))
+    data = joined_like(pool.data.subset(rows), asked.subset(copied), _COPY, pool.reporter)
+    found = [replace(pool, data=data, around=pool.population)]
+    for own in (1, 2) if (whole := pool.gradients.projection).kind != "none" else ():
+        projection = whole.model_copy(update={"dim": whole.dim // 2, "seed": whole.seed + own})
+        found.append(replace(found[0], gradients=pool.gradients.model_copy(update={"projection": projection})))
+    return found, copied
+
+
+def is_available(pool: Pool, target: Target) -> NDArray[np.bool_]:
+    """Which rows are not in the target, `[row]`."""
+    excluded = {skip.id for skip in target.overlap}
+    return np.array([id_ not in excluded for id_ in pool.data.ids])
 
 
 @dataclass(frozen=True)

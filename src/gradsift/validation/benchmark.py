@@ -66,8 +66,8 @@ class Column:
         return self.name if self.measure in ("recall", "filter") else f"{self.part} {self.name}"
 
     def near(self, label: str) -> bool:
-        """Whether a method is the best, or not told apart from it."""
-        known = self.values[label].value == self.values[label].value
+        """Whether a method is the best, or not told apart from it; none is where there is no best."""
+        known = bool(self.best) and self.values[label].value == self.values[label].value
         return known and not self.behind[label].high < 0
 
     @property
@@ -148,12 +148,13 @@ class Benchmark(Shown):
             are, cost = "is" if len(others) == 1 else "are", ", at a higher cost" * dearer
             alike = f"So {are} {_listed(others)}" if count == all_ else f"{_listed(others)} {are} so in as many"
             said.append(f"{alike}{cost}.")
-        known = self.above_random(best)
+        known, named = self.above_random(best), len(said) > 1
         if 0 < known < all_:
-            said.append(f"It is told apart from a random ranking in {known} of {all_} columns.")
+            it = best if named else "It"
+            said.append(f"{it} is told apart from a random ranking in {known} of {all_} columns.")
         if not known:
-            above = [one for one in near if self.above_random(one)]
-            said.append(f"But it is not told apart from a random ranking, as {_listed(above)} would be.")
+            it, above = best if named else "it", [one for one in near if self.above_random(one)]
+            said.append(f"But {it} is not told apart from a random ranking, as {_listed(above)} would be.")
         return " ".join(said)
 
     def as_dict(self) -> dict[str, Any]:
@@ -185,10 +186,8 @@ def _table(found: Benchmark, own: list[Column]) -> Table:
         for column in own:
             value, near = column.values[label], label != found.methods[-1] and column.near(label)
             tag = "best" if label == column.best else "≈" if near else ""
-            cells.append(
-                Cell(_number(value.value), f"{_number(value.low)} to {_number(value.high)}", tag=tag,
-                     tone="best" if near else "")
-            )  # fmt: skip
+            interval = "" if value.low != value.low else f"{_number(value.low)} to {_number(value.high)}"
+            cells.append(Cell(_number(value.value), interval, tag=tag, tone="best" if near else ""))
         cost = found.costs[label]
         rows.append(Row((*cells, duration(cost.seconds), filesize(cost.bytes))))
     for name, values in (
@@ -222,7 +221,7 @@ def _against_cost(found: Benchmark, column: Column) -> Chart:
 
 
 def _number(value: float) -> str:
-    return "–" if value != value else f"{value:.3f}"
+    return "–" if value != value else f"{value:.3f}".replace("-", "−")
 
 
 def _known(value: Any) -> Any:

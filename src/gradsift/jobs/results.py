@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from gradsift.base.errors import CorruptError
@@ -155,7 +155,7 @@ class Result:
         return Account(self.skipped, Entries(pool.parts, others), pool.files + found.files, pool.notes + found.notes)
 
     @cached_property
-    def groups(self) -> dict[str, pa.Array]:
+    def groups(self) -> dict[str, NDArray[np.object_]]:
         """The pool by each column in which what is chosen is compared with it."""
         return groups_of(self.pool.data, self.recipe.group_by)
 
@@ -306,22 +306,22 @@ def known_columns(columns: Columns) -> set[str]:
     return {value for value in columns.model_dump().values() if value}
 
 
-def groups_of(data: Dataset, wanted: Sequence[str]) -> dict[str, pa.Array]:
-    """What each row has in the columns by which chosen and pool are compared: those asked for, else the usual ones
-    that have few values.
+def groups_of(data: Dataset, wanted: Sequence[str]) -> dict[str, NDArray[np.object_]]:
+    """What each row has in the columns by which chosen and pool are compared, as texts `[row]`: those asked for, else
+    the usual ones that have few values.
     """
     first = [data.row(id_) for id_ in data.ids[:50]]
     usual = [column for column in _GROUP_COLUMNS if all(isinstance(row.get(column), str) for row in first)]
     found = {}
     for column in wanted or usual:
         values = data.column(column) if wanted else data.values(column)
-        found[column] = pa.array(map(str, values), pa.large_string()).dictionary_encode()
-    return {name: own for name, own in found.items() if wanted or 1 < len(own.dictionary) <= _MAX_GROUPS}
+        found[column] = np.array([sys.intern(str(value)) for value in values], dtype=object)  # equal ones are one
+    return {name: own for name, own in found.items() if wanted or 1 < len(set(own)) <= _MAX_GROUPS}
 
 
-def value_counts(groups: pa.Array, positions: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
+def value_counts(groups: NDArray[np.object_], positions: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
     """How many of the rows at these positions have each value, most first."""
-    found = Counter(groups.take(pa.array(positions)).to_pylist())
+    found: Counter[str] = Counter(groups[positions].tolist())
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from gradsift.base.errors import ConfigError
 from gradsift.base.types import Example
 from gradsift.rewards.form import Length
-from gradsift.rewards.function import Function, TrainerState, load_function
+from gradsift.rewards.function import Function, load_function
 from gradsift.rewards.matching import Exact, Numeric
 from gradsift.rewards.reward import Reward, WeightedSum, reward_samples
 from gradsift.rewards.samples import Sample, prompt_of
@@ -342,15 +342,6 @@ def test_wrong_calls_are_refused() -> None:
 def test_no_samples_no_calls() -> None:
     """An empty batch gives an empty result without calling anything."""
     assert reward_samples([], lambda **kwargs: 1 / 0).values == ()
-
-
-def test_a_given_trainer_state_is_passed() -> None:
-    """Whoever knows the step says it."""
-    state = TrainerState(global_step=7, max_steps=10)
-    found = reward_samples(
-        SAMPLES, lambda trainer_state, **kwargs: [trainer_state.global_step] * 3, trainer_state=state
-    )
-    assert found.values == (7.0, 7.0, 7.0)
 
 
 def test_the_prompt_of_an_example_is_what_trl_would_pass() -> None:

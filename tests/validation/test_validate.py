@@ -320,7 +320,7 @@ def test_relevance_is_held_against_support(pool: Pool, explained: Explanations) 
     rule = [(entry.cell.relevance > 1) == (entry.support > 0) for entry in distinct(found.cells)]
     assert facts["0 dB rule is right"].startswith(f"{sum(rule) / len(rule):.0%} (")
     assert len(found.lines()) == len(facts)
-    content = json.loads(Path(found.path).read_text())
+    content = json.loads(pool.run.path("validation.json").read_text())
     assert content == json.loads(json.dumps(found.as_dict()))
     assert [entry["support"] for entry in content["cells"]] == [entry.support for entry in found.cells]
 

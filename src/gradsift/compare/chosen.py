@@ -92,7 +92,7 @@ class Counted:
 
     def source(self, row: int) -> str:
         """The source of one row; empty where no column tells it."""
-        return "" if self.groups is None else str(self.groups[row].as_py())
+        return "" if self.groups is None else str(self.groups[row])
 
 
 def lengths_table(budget: int, counted: Counted, own: Sequence[tuple[int, str, Counted, NDArray[np.int64]]]) -> Table:

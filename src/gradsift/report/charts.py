@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from markupsafe import Markup
@@ -54,40 +55,6 @@ def bar(drawn: Bar) -> Markup:
     ).format(drawn.tone, Markup("").join(parts))
 
 
-def chart(drawn: Chart) -> Markup:
-    """A chart; nothing where it has nothing finite to draw."""
-    return _lines(drawn) if drawn.bars is None else _bars(drawn, drawn.bars)
-
-
-def _bars(drawn: Chart, bars: Bars) -> Markup:
-    """Amounts of all, and of the chosen before them."""
-    assert len(bars.edges) == len(bars.all) + 1, (len(bars.edges), len(bars.all))
-    tallest = max(*bars.all, *bars.chosen, 0.0)
-    if not tallest:
-        return Markup("")
-    width, base, top, left = 360.0, 150.0, 10.0, 40.0
-    step, high = (_RIGHT - left) / len(bars.all), (base - top) / tallest
-    parts = [open_drawing(width, base + 50, drawn.title)]
-    for mark, _ in round_ticks(0, max(tallest, 1), 4):
-        if mark == int(mark):
-            parts.append(draw_line("grid", left, base - high * mark, _RIGHT, base - high * mark))
-            parts.append(draw_text(left - 6, base - high * mark + 4, f"{mark:,.0f}", "end"))
-    for kind, amounts in (("pool", bars.all), ("chosen", bars.chosen)):
-        for position, amount in enumerate(amounts):
-            if amount:  # a handful of chosen examples in a large pool must stay visible
-                height = max(high * amount, 1.5)
-                parts.append(draw_rect(kind, left + step * position + 0.5, base - height, step - 1, height))
-    parts.append(draw_line("axis", left, base, _RIGHT, base))
-    low, span = bars.edges[0], bars.edges[-1] - bars.edges[0]
-    for value in bars.rug:
-        x = left + (_RIGHT - left) * (value - low) / span
-        parts.append(draw_line("rug", x, base + 3, x, base + 12))
-    marks = round_ticks(low, bars.edges[-1], 4)
-    parts += _ticks([(left + (_RIGHT - left) * (m - low) / span, text) for m, text in marks], base + 27, width)
-    parts.append(draw_text((left + _RIGHT) / 2, base + 45, drawn.axis, "middle"))
-    return _closed(parts)
-
-
 def _ticks(ticks: Sequence[tuple[float, str]], y: float, width: float) -> list[Markup]:
     """Texts along x; those that would run into the one before are left out."""
     parts, free = [], -math.inf
@@ -100,19 +67,24 @@ def _ticks(ticks: Sequence[tuple[float, str]], y: float, width: float) -> list[M
     return parts
 
 
-def _lines(drawn: Chart) -> Markup:
-    """Lines or points over common axes, neither of which need start at zero; what is not finite is left out."""
+def chart(drawn: Chart) -> Markup:
+    """Lines, points or bars between axes, of which those of lines need not start at zero; what is not finite is left
+    out, and a chart of nothing.
+    """
+    bars = drawn.bars
     kept = [(line, [p for p in line.points if math.isfinite(p.x) and math.isfinite(p.y)]) for line in drawn.lines]
-    kept = [(line, points) for line, points in kept if points]
-    if not kept:
+    every = [point for _, points in kept for point in points]
+    if not (every or (bars is not None and any(bars.all))):
         return Markup("")
     place: Callable[[float], float] = math.log if drawn.logarithmic else float
-    every = [point for _, points in kept for point in points]
-    x_low, x_high = _apart(place(min(p.x for p in every)), place(max(p.x for p in every)))
-    y_low, y_high = _apart(min(p.y - _spread(p) for p in every), max(p.y + _spread(p) for p in every))
-    margin = 0.06 * (y_high - y_low)
-    y_low, y_high = y_low - margin, y_high + margin
-    base, top = drawn.height - 42, 26.0 if drawn.up else 12.0
+    if bars is not None:
+        x_low, x_high, y_low, y_high = bars.edges[0], bars.edges[-1], 0.0, max(4.0, *bars.all, *bars.chosen)
+    else:
+        x_low, x_high = _apart(place(min(p.x for p in every)), place(max(p.x for p in every)))
+        y_low, y_high = _apart(min(p.y - _spread(p) for p in every), max(p.y + _spread(p) for p in every))
+        margin = 0.06 * (y_high - y_low)
+        y_low, y_high = y_low - margin, y_high + margin
+    base, top = drawn.height - (42 if bars is None else 52), 26.0 if drawn.up else 12.0
 
     def along(x: float) -> float:
         return _LEFT + 12 + (_RIGHT - _LEFT - 24) * (place(x) - x_low) / (x_high - x_low)
@@ -126,13 +98,27 @@ def _lines(drawn: Chart) -> Markup:
     for mark, text in round_ticks(y_low, y_high, 4):
         kind = "axis" if mark == 0 and y_low < 0 < y_high else "grid"
         parts += [draw_line(kind, _LEFT, up(mark), _RIGHT, up(mark)), draw_text(_LEFT - 6, up(mark) + 4, text, "end")]
+    if bars is not None:
+        ends = [along(edge) for edge in bars.edges]
+        for kind, amounts in (("pool", bars.all), ("chosen", bars.chosen)):
+            for (left, right), amount in zip(pairwise(ends), amounts, strict=False):
+                if amount:  # a handful of chosen examples in a large pool must stay visible
+                    height = max(base - up(amount), 1.5)
+                    parts.append(draw_rect(kind, left + 0.5, base - height, right - left - 1, height))
     parts.append(draw_line("axis", _LEFT, base, _RIGHT, base))
     ticks = [(along(x), text) for x, text in drawn.ticks or round_ticks(x_low, x_high, 5)]
-    parts += [draw_line("axis", x, base, x, base + 4) for x, _ in ticks]
-    parts += [*_ticks(ticks, base + 17, 360), draw_text((_LEFT + _RIGHT) / 2, drawn.height - 5, drawn.axis, "middle")]
+    if bars is None:
+        parts += [draw_line("axis", x, base, x, base + 4) for x, _ in ticks]
+    else:
+        parts += [draw_line("rug", along(x), base + 3, along(x), base + 12) for x in bars.rug]
+    parts += [
+        *_ticks(ticks, drawn.height - 25, 360),
+        draw_text((_LEFT + _RIGHT) / 2, drawn.height - 5, drawn.axis, "middle"),
+    ]
     for line, points in kept:
-        parts.append(_series(line, [(point, along(point.x), up(point.y)) for point in points], up))
-    return _closed(parts)
+        if points:
+            parts.append(_series(line, [(point, along(point.x), up(point.y)) for point in points], up))
+    return Markup("").join([*parts, Markup("</svg>")])
 
 
 def _series(line: Line, points: Sequence[tuple[Point, float, float]], up: Callable[[float], float]) -> Markup:
@@ -295,10 +281,6 @@ def round_ticks(low: float, high: float, wanted: int) -> list[tuple[float, str]]
     plain = largest < 1e6 and power > -5
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [(mark, written(mark, f",.{decimals}f" if plain else ".1e")) for mark in marks]
-
-
-def _closed(parts: Sequence[Markup]) -> Markup:
-    return Markup("").join([*parts, Markup("</svg>")])
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:

@@ -47,7 +47,7 @@ class _Called(RewardValue):
     def check(self, samples: Sequence[Sample], *, judged: bool = True) -> None:
         """Whether it takes what it is called with."""
         example = replace(samples[0], row={name: None for sample in samples for name in sample.row})
-        accepted(self.load(), trl_arguments([example], TrainerState()) | {"log_problem": None})
+        accepted(self.load(), trl_arguments([example]) | {"log_problem": None})
 
     def bind(self, chat: Chat | None) -> RewardFunction:
         return self.load()
@@ -95,10 +95,7 @@ class Given(_Called):
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """What stands in for TRL's `trainer_state`: there is a checkpoint, but no trainer.
-
-    global_step, max_steps, epoch: of the warm-up, where the caller knows them
-    """
+    """What stands in for TRL's `trainer_state`, of a run that has not begun: there is a checkpoint, but no trainer."""
 
     global_step: int = 0
     max_steps: int = 1
@@ -323,7 +320,7 @@ def stdout_to_stderr() -> Iterator[None]:
             os.close(saved)
 
 
-def trl_arguments(samples: Sequence[Sample], trainer_state: Any) -> dict[str, Any]:
+def trl_arguments(samples: Sequence[Sample]) -> dict[str, Any]:
     """The keyword arguments that TRL passes: one entry per sample in every list.
 
     `prompts` and `completions` are texts, or message lists where prompts are conversations; then come
@@ -347,7 +344,7 @@ def trl_arguments(samples: Sequence[Sample], trainer_state: Any) -> dict[str, An
         for sample, is_plain in zip(samples, plain, strict=True)
     ]
     arguments["completion_ids"] = [list(sample.completion_ids) for sample in samples]
-    arguments |= {"trainer_state": trainer_state, "log_extra": _log_nothing, "log_metric": _log_nothing}
+    arguments |= {"trainer_state": TrainerState(), "log_extra": _log_nothing, "log_metric": _log_nothing}
     return arguments
 
 

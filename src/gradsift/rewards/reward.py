@@ -16,7 +16,6 @@ from gradsift.rewards.function import (
     Function,
     Given,
     RewardFunction,
-    TrainerState,
     accepted,
     in_words,
     name_of,
@@ -73,7 +72,6 @@ def reward_samples(
     *,
     weights: Sequence[float] | None = None,
     chat: Chat | None = None,
-    trainer_state: Any = None,
 ) -> Rewarded:
     """The reward of every sample, or the reason why it has none.
 
@@ -87,7 +85,6 @@ def reward_samples(
         reward: a `Reward`, a function in TRL's convention (plain or `async def`), or a sequence of them.
         weights: with a sequence, one factor per function; 1 each if None.
         chat: whom a `Judge` asks.
-        trainer_state: passed to the functions; None passes a `TrainerState` of a run that has not begun.
 
     Returns:
         One value per sample, in order, and the problems.
@@ -104,9 +101,8 @@ def reward_samples(
     terms = _terms(reward, weights, chat)
     if not samples:
         return Rewarded((), ())
-    state = TrainerState() if trainer_state is None else trainer_state
     with stdout_to_stderr():  # asynchronous functions run while the others work
-        calls = [_Call(function, samples, state) for function, _ in terms]
+        calls = [_Call(function, samples) for function, _ in terms]
         outcomes = [call.outcomes() for call in calls]
     values: list[float | None] = []
     problems: list[Problem] = []
@@ -189,14 +185,14 @@ LARGEST = 1e15  # a reward beyond it times a gradient may be more than float32 h
 class _Call:
     """One call of a function, begun when it is made."""
 
-    def __init__(self, function: RewardFunction, samples: Sequence[Sample], state: Any) -> None:
-        self.function, self.samples, self.state = function, samples, state
+    def __init__(self, function: RewardFunction, samples: Sequence[Sample]) -> None:
+        self.function, self.samples = function, samples
         self.reported: dict[int, str] = {}
         value: Any = function
         if isinstance(value, RewardValue) and value.held:  # it has to know which of its row's each is
             self.arguments: Mapping[str, Any] = {"samples": samples, "log_problem": self._log_problem}
         else:
-            arguments = trl_arguments(samples, state) | {"log_problem": self._log_problem}
+            arguments = trl_arguments(samples) | {"log_problem": self._log_problem}
             self.arguments = accepted(function, arguments)
         self.result: Callable[[], Any] = self._begin()
 
@@ -228,7 +224,7 @@ class _Call:
                 return [_Failure(f"raised {in_words(error)}")]
             middle = len(self.samples) // 2
             halves = (self.samples[:middle], self.samples[middle:])
-            return [outcome for half in halves for outcome in _Call(self.function, half, self.state).outcomes()]
+            return [outcome for half in halves for outcome in _Call(self.function, half).outcomes()]
         if values is None or len(values) != len(self.samples):
             found = "no list" if values is None else f"{len(values)} rewards"
             return [_Failure(f"returned {found} for {len(self.samples)} samples")] * len(self.samples)

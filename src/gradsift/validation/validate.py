@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, Literal
@@ -152,14 +152,10 @@ class Validation:
     settings: OneStep
     reranking: tuple[Reranking, ...] = ()
     sanity: Sanity | None = None
-    path: str = ""
-    pool: Pool | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        content = asdict(replace(self, pool=None))
-        del content["pool"], content["path"]
-        return content | {"settings": self.settings.model_dump(mode="json")}
+        return asdict(self) | {"settings": self.settings.model_dump(mode="json")}
 
     def effects(self) -> dict[tuple[str, str, str, int], Trained]:
         """What each cell's verdict says of it, by output, estimator, strategy and k."""
@@ -255,10 +251,7 @@ def validate(
     by_estimator = {
         name: _agreement([entry for entry in done if entry.cell.key.estimator == name]) for name in estimators
     }
-    found = Validation(
-        done, tuple(failed), _agreement(done), by_estimator, bench.route, settings,
-        path=pool.run.name("validation.json"), pool=pool,
-    )  # fmt: skip
+    found = Validation(done, tuple(failed), _agreement(done), by_estimator, bench.route, settings)
     pool.run.publish_json("validation.json", found.as_dict())
     return found
 

@@ -771,7 +771,7 @@ class Judgement:
             label: estimate_of(values[n] - values[best], drawn[:, n] - drawn[:, best], units)
             for n, label in enumerate(labels)
         }
-        return Column(measure, part, name, found, labels[best], behind, over, **more)
+        return Column(measure, part, name, found, labels[best] if judged else "", behind, over, **more)
 
 
 def self_pools(pool: Pool, target: Target, settings: Bench) -> tuple[list[Pool], Units]:

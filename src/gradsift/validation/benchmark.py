@@ -66,9 +66,12 @@ class Column:
         return self.name if self.measure in ("recall", "filter") else f"{self.part} {self.name}"
 
     def near(self, label: str) -> bool:
-        """Whether a method is the best, or not told apart from it; none is where there is no best."""
-        known = bool(self.best) and self.values[label].value == self.values[label].value
-        return known and not self.behind[label].high < 0
+        """Whether a method is the best, or not told apart from it, and not below a random ranking; none is where there
+        is no best.
+        """
+        value, chance = self.values[label], list(self.values.values())[-1].low if self.chance is None else self.chance
+        known = bool(self.best) and value.value == value.value
+        return known and not self.behind[label].high < 0 and not value.high < chance
 
     @property
     def random(self) -> float:
@@ -140,7 +143,8 @@ class Benchmark(Shown):
         behind: dict[str, list[str]] = {}
         for column in counted:
             if not column.near(best):
-                behind.setdefault(column.best, []).append(column.title)
+                better = column.best if column.near(column.best) else "A random ranking"
+                behind.setdefault(better, []).append(column.title)
         said += [f"{other} is better in {_listed(titles)}." for other, titles in behind.items()]
         others = [one for one, own in near.items() if one != best and own == count]
         if others:

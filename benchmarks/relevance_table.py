@@ -33,8 +33,15 @@ from gradsift.explanation.explain import ALL_STRATEGIES, DEFAULT_ESTIMATOR, DEFA
 from gradsift.explanation.outputs import OutputSource, Question, questions_of
 from gradsift.explanation.relevance import to_db
 from gradsift.explanation.result import StrategyResult
-from gradsift.explanation.table import RelevanceTable, coefficient_statistics, relevance_table
-from gradsift.explanation.table_shown import coefficient_blocks, extreme_blocks, gain_blocks, relevance_blocks
+from gradsift.explanation.table import (
+    RelevanceTable,
+    coefficient_blocks,
+    coefficient_statistics,
+    extreme_blocks,
+    gain_blocks,
+    relevance_blocks,
+    relevance_table,
+)
 from gradsift.influence.estimator import Estimator
 from gradsift.jobs.explanation_pages import bins_table, estimators_table, reranking_table, write_pages
 from gradsift.model.models import load_tokenizer

@@ -7,7 +7,7 @@
 `--out` may be the folder of a `gradsift bench` of the same pool, target and training, whose adapter and scores are
 then used. A peer reads the adapter of the last checkpoint:
 
-- kronfluence 1.0.1: EK-FAC with labels that the model draws and its own damping, or the product of gradients
+- kronfluence 1.0.1: EK-FAC with labels that the model draws and λ = 1e-8, its default, or the product of gradients
   (`kronfluence-identity`), unprojected, of the token ids and labels that gradsift trains on;
 - dattri 0.3.0: TracIn with normalised gradients (Grad-Cos), projected to 512, of the same;
 - bergson 2.5.1: cosines of `bergson build`'s rows, 16 × 16 a module, of labels of its own.

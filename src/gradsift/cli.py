@@ -699,7 +699,7 @@ def run(given: Given, recipe: Path) -> None:
 
     Example: gradsift run math.yaml
     """
-    from gradsift.jobs.models import write_models
+    from gradsift.jobs.explanation_pages import write_models
     from gradsift.jobs.results import summary
     from gradsift.jobs.select_explain import run_recipe
     from gradsift.report.terminal import console, draw

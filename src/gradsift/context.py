@@ -126,8 +126,7 @@ class Pool(Setup):
     def measured(self, pairs: Pairs, checkpoint: Checkpoint) -> Pairs:
         """Pairs with their margins at a checkpoint."""
         here = contrasts(self.run, pairs, checkpoint, engine=self.engine, **self.place)
-        known: Pairs = self.referred(pairs).knowing(contrasts=here)
-        return known
+        return self.referred(pairs).knowing(contrasts=here)
 
     def referred(self, source: Any) -> Any:
         """The source; pairs that are learned by DPO with what the base model, their reference, says of them."""

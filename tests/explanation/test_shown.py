@@ -23,8 +23,7 @@ from gradsift.explanation.shown import (
     explanation_file,
     shown_db,
 )  # fmt: skip
-from gradsift.explanation.table import relevance_table
-from gradsift.explanation.table_shown import relevance_blocks
+from gradsift.explanation.table import relevance_blocks, relevance_table
 from gradsift.report.blocks import Cell, Examples, Fold, Map, Section, Table, Text, Verdict, walk
 from gradsift.store.run import Run
 

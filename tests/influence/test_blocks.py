@@ -13,7 +13,7 @@ from torch import Tensor
 
 import oracles
 from gradsift.base.memory import free_bytes
-from gradsift.influence import blocks, datainf
+from gradsift.influence import datainf, products
 from gradsift.influence.blocks import on_cpu, place_for
 from gradsift.influence.datainf import datainf_directions, inverse_directions
 from gradsift.influence.ji2s import JI2S, store_terms
@@ -40,7 +40,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         def place(device: str, queries: int, held: int) -> torch.device:
             return elsewhere if device == "elsewhere" and queries > 3 else own("cpu", queries, held)
 
-        monkeypatch.setattr(blocks, "place_for", place)
+        monkeypatch.setattr(products, "place_for", place)
         monkeypatch.setattr(datainf, "place_for", place)
         monkeypatch.setattr(datainf, "on_cpu", lambda place: False)
         monkeypatch.setattr(Tensor, "pin_memory", lambda rows: rows)

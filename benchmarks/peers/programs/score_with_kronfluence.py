@@ -1,8 +1,8 @@
 """Influence of rows on targets by kronfluence, over an adapter's linears; run where it is installed.
 
 Arguments: base model, adapter, a folder with pool.json and target.json, and a strategy. Writes scores.npy
-`[row target]`. Settings are kronfluence's own, but for the strategy: `ekfac` draws labels from the model and damps by a
-tenth of each module's mean eigenvalue.
+`[row target]`. Settings are kronfluence's own, but for the strategy: `ekfac` draws labels from the model and damps by
+1e-8.
 """
 
 from __future__ import annotations

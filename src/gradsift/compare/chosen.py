@@ -19,7 +19,7 @@ from gradsift.influence.bm25 import conversation_text
 from gradsift.influence.rds import kept_embeddings
 from gradsift.influence.scores import Scores
 from gradsift.influence.shown import score_ends
-from gradsift.jobs.results import data_facts, gradient_facts, groups_of, how_to_repeat, known_columns
+from gradsift.jobs.results import data_facts, gradient_facts, groups_of, how_to_repeat, known_columns, value_counts
 from gradsift.model import embeddings
 from gradsift.report import text
 from gradsift.report.blocks import Block, Choice, Example, Group, Legend, Map, Row, Space, Table, Text, View, columns
@@ -88,11 +88,11 @@ class Counted:
 
     def sources(self, rows: NDArray[np.int64]) -> dict[str, int]:
         """Rows by source, most first; none where no column tells it."""
-        return {} if self.groups is None else self.groups.counts(rows)
+        return {} if self.groups is None else value_counts(self.groups, rows)
 
     def source(self, row: int) -> str:
         """The source of one row; empty where no column tells it."""
-        return "" if self.groups is None else self.groups.names[self.groups.codes[row]]
+        return "" if self.groups is None else str(self.groups[row].as_py())
 
 
 def lengths_table(budget: int, counted: Counted, own: Sequence[tuple[int, str, Counted, NDArray[np.int64]]]) -> Table:

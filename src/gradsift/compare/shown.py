@@ -252,6 +252,7 @@ class Shown:
             if one.setting is not None and math.isfinite(one.setting):
                 families.setdefault(one.family or one.name, {})[one.setting] = one.name
         charts: list[Block] = []
+        marks: dict[str, str] = {}
         for key in self.main:
             found = self.rows(key, budget)
             for family, members in families.items():
@@ -267,7 +268,9 @@ class Shown:
                 axis = f"{text.shorten(self.setting_name(), 24)} (values evenly spaced)"
                 ticks = tuple((float(place), f"{setting:g}") for place, setting in enumerate(settings))
                 charts.append(replace(self._against(key, axis, lines, f" of {name}"), ticks=ticks))
-        return [Group((Group(tuple(charts), style="charts"), self.legend()), _examples(budget))] if charts else []
+                marks |= {line.name: f"key-line {colour(line.series or 0)}" for line in lines}
+        legend = Legend(tuple((style, name) for name, style in marks.items()))
+        return [Group((Group(tuple(charts), style="charts"), legend), _examples(budget))] if charts else []
 
     def _level(self, row: Row, start: float, end: float) -> Line:
         """A mean as a line from end to end."""

@@ -78,14 +78,10 @@ class Worker:
 
 
 class Actors:
-    """Workers on a cluster, started as they are needed; connects when it is made.
+    """Workers on a cluster, `count` of which may work at once, started as they are needed; connects when it is made.
 
-    Attributes:
-        count: how many may work at once.
-        logs: where Ray keeps them, on each node.
-
-    Raises:
-        ConfigError: Ray is not installed, no cluster is there, or the workers do not fit it.
+    `logs` is where Ray keeps them, on each node. A ConfigError where Ray is not installed, no cluster is there, or the
+    workers do not fit it.
     """
 
     def __init__(self, cluster: RayCluster) -> None:
@@ -152,11 +148,8 @@ def _connect(cluster: RayCluster) -> tuple[bool, str]:
     if stop not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
     # Ray writes of each dead worker to standard output, which is for results; we tell of them ourselves.
-    ray._private.worker.print_to_stdstream = _untold
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     return True, str(context.address_info.get("session_dir", _SESSION))
-
-
-def _untold(*_: object, **__: object) -> None: ...
 
 
 def _fitted(cluster: RayCluster, found: dict[str, float]) -> tuple[float, int]:

@@ -45,13 +45,7 @@ class _Search:
 
 
 class Mapping:
-    """One `Engine.map` under way.
-
-    Args:
-        actors: who works.
-        reporter: where lost workers are told.
-        tasks, advance, what: see `Engine.map`.
-    """
+    """One `Engine.map` under way, by its actors; the reporter is told of lost workers."""
 
     def __init__(self, actors: Actors, reporter: Reporter, tasks: Sequence[Task], advance: Advance, what: str) -> None:
         self._actors, self._reporter, self._advance, self._what = actors, reporter, advance, what
@@ -135,15 +129,12 @@ class Mapping:
         self._tell(job, done)
         self._left.discard(job.position)
         self._took.append(time.monotonic() - job.began)
-        self._end_copies(job.position)
+        for other, copy in list(self._running.items()):
+            if copy.position == job.position:
+                del self._running[other]
+                self._actors.end(copy.worker)
+                self._tell(copy, 0.0)
         return job.position, result
-
-    def _end_copies(self, position: int) -> None:
-        for reference, job in list(self._running.items()):
-            if job.position == position:
-                del self._running[reference]
-                self._actors.end(job.worker)
-                self._tell(job, 0.0)
 
     def _died(self, job: _Job, error: Exception) -> tuple[int, Any] | None:
         """Try again, search, or give up, with what then counts as the result."""
@@ -158,7 +149,7 @@ class Mapping:
         name = job.task.name if isinstance(job.task, Expendable) else f"{self._what} {job.position}"
         if job.probe is not None:
             self._suspect(job, job.probe)
-        elif (copy := self._copy(job)) is not None:
+        elif (copy := next((one for one in self._running.values() if one.position == job.position), None)) is not None:
             copy.deaths = job.deaths
         elif job.deaths < _TRIES:
             self._reporter.warn(f"a worker was lost at {name}: it is tried again")
@@ -177,9 +168,6 @@ class Mapping:
                 "same command goes on there"
             )
         return None
-
-    def _copy(self, job: _Job) -> _Job | None:
-        return next((other for other in self._running.values() if other.position == job.position), None)
 
     def _remedy(self, error: Exception) -> str:
         """Why workers are likely to have died, what helps, and where the last one's log is."""

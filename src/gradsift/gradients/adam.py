@@ -46,7 +46,8 @@ def adam_direction(
         tensor([ 1., -1.])
     """
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if not _broadcasts_to(moment, gradient):
+        ends = zip(moment.shape[::-1], gradient.shape[::-1], strict=False)
+        if moment.ndim > gradient.ndim or not all(own in (1, whole) for own, whole in ends):
             raise ShapeError(
                 f"{name} has shape {tuple(moment.shape)}, the gradient {tuple(gradient.shape)}: "
                 "the optimizer state must belong to the same parameter, in the same layout"
@@ -62,13 +63,6 @@ def adam_direction(
         bias_correction=bias_correction, step=step,
     )  # fmt: skip
     return direction(gradient.to(dtype))
-
-
-def _broadcasts_to(moment: Tensor, gradient: Tensor) -> bool:
-    try:
-        return torch.broadcast_shapes(gradient.shape, moment.shape) == gradient.shape
-    except RuntimeError:
-        return False
 
 
 class AdamDirection:

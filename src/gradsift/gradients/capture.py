@@ -64,8 +64,8 @@ def find_modules(model: nn.Module, pattern: str = LORA) -> Modules:
 
     Returns:
         The captured modules, and by name the parameters that match the pattern (or belong to the adapter) but have no
-        gradients here: norms and biases are not counted unless the adapter has them; routers, embeddings, tied or
-        quantised weights are. Callers must show them.
+        gradients here, which callers must show: norms and biases are not counted unless the adapter has them; routers,
+        embeddings, tied or quantised weights are.
 
     Raises:
         ConfigError: the pattern is no regular expression or nothing matches; the message lists what is there.
@@ -166,7 +166,9 @@ def _run_again(model: nn.Module) -> dict[nn.Module, nn.Module]:
     for module in model.modules():  # outer ones first
         if type(module).__name__ == "ParamWrapper":
             outermost = again.get(module, module)
-            again.update(dict.fromkeys((module.base_layer, *_lora_parts(module)), outermost))  # type: ignore[arg-type]
+            sides = (getattr(module, side, nn.ModuleDict()) for side in ("lora_A", "lora_B"))
+            parts = [part for side in sides for part in side.values()]
+            again.update(dict.fromkeys((module.base_layer, *parts), outermost))  # type: ignore[arg-type]
     return again
 
 
@@ -210,10 +212,6 @@ def _active_adapters(model: nn.Module) -> set[str]:
 
 def _input_embeddings(model: Any) -> nn.Module | None:
     return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-
-
-def _lora_parts(layer: nn.Module) -> list[nn.Module]:
-    return [part for side in ("lora_A", "lora_B") for part in getattr(layer, side, nn.ModuleDict()).values()]
 
 
 Consume = Callable[[Captured, Tensor], None]
@@ -269,7 +267,8 @@ class Capture:
         self.autocast = autocast
         self.checkpointing = checkpointing
         self.device = input_device(model)
-        self.accumulate = torch.float64 if _dtype(model) == torch.float64 else torch.float32
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.accumulate = torch.promote_types(dtype, torch.float32)
         self._threads = threading.local()  # .running: the pass of this thread
         self._latest: _Pass | None = None
 
@@ -527,11 +526,9 @@ def _of_one(batch: PaddedBatch, value: Any, row: int, heads: bool) -> Any:
 def _by_sequence(batch: PaddedBatch, captured: Captured, features: Tensor) -> Tensor:
     """`[sequence place feature]`, whatever the places of a sequence are: its tokens, or its tokens at each head.
 
-    From `[sequence … feature]`, `[sequence·token … feature]`, or the head's `[1 label feature]`. `self_check` finds the
-    modules whose first axis is something else of the same size.
-
-    Raises:
-        UncapturedError: another choice or order of tokens, such as those routed to one expert.
+    From `[sequence … feature]`, `[sequence·token … feature]`, or the head's `[1 label feature]`; `UncapturedError` for
+    another choice or order of tokens, such as those routed to one expert. `self_check` finds the modules whose first
+    axis is something else of the same size.
     """
     shape, count = tuple(features.shape[:-1]), len(batch)
     if len(shape) == 2 and shape == (1, len(batch.positions)) and count > 1:
@@ -547,10 +544,8 @@ def _by_sequence(batch: PaddedBatch, captured: Captured, features: Tensor) -> Te
 
 
 def _by_token(batch: PaddedBatch, captured: Captured, features: Tensor) -> Tensor:
-    """`[sequence token place feature]`, from the shapes that `_by_sequence` takes.
-
-    Raises:
-        UncapturedError: which of them are the tokens cannot be told.
+    """`[sequence token place feature]`, from the shapes that `_by_sequence` takes; `UncapturedError` where it cannot be
+    told which of them are the tokens.
     """
     shape, (count, tokens) = tuple(features.shape[:-1]), batch.ids.shape
     if shape == (1, len(batch.positions)) and shape != (count, tokens):  # the head, which sees the last token never
@@ -570,7 +565,3 @@ def _by_token(batch: PaddedBatch, captured: Captured, features: Tensor) -> Tenso
 def _require_grad(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """A copy, as some models scale their embeddings in place."""
     return output.requires_grad_(True).clone() if output.is_leaf else output
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())

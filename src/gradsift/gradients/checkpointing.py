@@ -20,10 +20,7 @@ def checkpointed_layers(model: nn.Module) -> Iterator[None]:
 
     The memory of a batch falls to the layers' inputs and one layer's activations, for a second forward pass in time.
     The first pass runs without a graph (torch's reentrant form), so that hooks which keep what a module sees find
-    nothing to keep until the layer runs again.
-
-    Raises:
-        ConfigError: the model has no layers that say they can run again.
+    nothing to keep until the layer runs again. A ConfigError where the model has no layers that say they can run again.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
@@ -182,11 +182,7 @@ class AtCheckpoint:
         return network, modules, min(budget, place.token_limit or budget)
 
     def check(self, run: Run, network: Any, rows: SequenceABC[Sequence]) -> None:
-        """Refuse a model whose gradients the hooks do not see in some rows, before the long work.
-
-        Raises:
-            ModelError: as `self_check`.
-        """
+        """Refuse a model whose gradients the hooks do not see in some rows, before the long work: see `self_check`."""
         settings = self.settings
         kept_check(
             run, network, find_modules(network, settings.modules).captured, rows, model=self.model,
@@ -201,11 +197,8 @@ class AtCheckpoint:
     def adam(
         self, network: Any, modules: SequenceABC[Captured], device: torch.device, dtype: torch.dtype
     ) -> dict[str, AdamDirection]:
-        """The Adam direction of each module of a model that is opened here, by name.
-
-        Raises:
-            ConfigError: a module has no moments.
-            MismatchError: the optimizer ran with other options.
+        """The Adam direction of each module of a model that is opened here, by name; a ConfigError where a module has
+        no moments, a MismatchError where the optimizer ran with other options.
         """
         moments, options, found = load_moments(self.checkpoint, trained_parameters(network)), self.settings.adam, {}
         _refuse_other_adam(self.checkpoint, moments, options)
@@ -399,10 +392,8 @@ def kept_as(view: View, projection: Projection) -> View:
 
 
 def _refuse_other_adam(checkpoint: Checkpoint, moments: Moments, asked: Adam) -> None:
-    """Refuse Adam directions with other decay rates or another ε than the optimizer had, where its file says them.
-
-    Raises:
-        MismatchError: saying both.
+    """Refuse (`MismatchError`) Adam directions with other decay rates or another ε than the optimizer had, where its
+    file says them.
     """
     ours, theirs = (*asked.betas, asked.eps), moments.options
     if theirs is not None and not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(ours, theirs, strict=True)):
@@ -498,7 +489,7 @@ class _Part:
     def save(self, progress: ShardPart) -> None:
         began = time.monotonic()
         tensors = progress.snapshot()
-        if ShardPart.is_something(tensors):
+        if tensors and bool(tensors["done"].any()):
             publish_tensors(self._storage, self._key, tensors, self._note)
             self.there = True
         self._saved_at = time.monotonic()
@@ -718,7 +709,11 @@ def _collect_missing(
     for (cut, shard), own in sorted(missing.items()):
         start, stop = shard * cut.shard_rows, min((shard + 1) * cut.shard_rows, count)
         tasks.append(ShardSpec(run, source, work.at, {view: prefixes[view] for view in own}, shard, start, stop, cut))
-    rows_left = sum(task.rows - ShardPart.rows_of(_Part(task).tensors()) for task in tasks)
+
+    def left(tasks: Iterable[ShardSpec]) -> int:
+        return sum(task.rows - ShardPart.rows_of(_Part(task).tensors()) for task in tasks)
+
+    rows_left = left(tasks)
     if rows_left < count:
         reporter.say(f"{count - rows_left} of {count} {what} rows are there already")
     try:
@@ -726,13 +721,12 @@ def _collect_missing(
             for _ in engine.map(tasks, advance, "shard"):
                 pass
     except KeyboardInterrupt:
-        lost = sum(
-            task.rows - ShardPart.rows_of(_Part(task).tensors())
-            for task in tasks
+        lost = (
+            task for task in tasks
             if any(writers[view].shard_state(task.shard, source.ids[task.start : task.stop]) != "complete"
                    for view in task.stores)
         )  # fmt: skip
-        keep_note(f"{count - lost} of {count} {what} rows")
+        keep_note(f"{count - left(lost)} of {count} {what} rows")
         raise
     for view, writer in writers.items():
         fits = writer.layout(layout)["token_budget"]

@@ -38,21 +38,15 @@ Rows = Callable[[int], None]
 
 @dataclass
 class Pass:
-    """How a sample goes through the model, and what came of it.
+    """How a sample goes through the model, and what came of it; `autocast` and `checkpointing` are as in `Capture`."""
 
-    token_budget: padded tokens of a batch, halved where memory runs out.
-    names: of the rows, by which labels are drawn; None takes the rows' own labels.
-    autocast, checkpointing: as in `Capture`.
-    left_out: rows of which a sequence did not fit in memory even alone, and why. Of the modules that were reached
-        before that, it may count.
-    counts: how many rows count, of each module; of `each_gradient` how many sequences.
-    """
-
-    token_budget: int
-    names: SequenceABC[str] | None = None
+    token_budget: int  # padded tokens of a batch, halved where memory runs out
+    names: SequenceABC[str] | None = None  # of the rows, by which labels are drawn; None takes the rows' own labels
     autocast: torch.dtype | None = None
     checkpointing: bool = False
+    # Rows of which a sequence did not fit in memory even alone, and why. Of modules reached before that, it may count.
     left_out: dict[int, str] = field(default_factory=dict)
+    # How many rows count, of each module; of `each_gradient` how many sequences.
     counts: dict[str, int] = field(default_factory=dict)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gradsift.base.errors import ConfigError, ShapeError
+from gradsift.base.errors import ConfigError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Seed, Settings
 from gradsift.gradients.folding import Captured
@@ -228,9 +228,8 @@ class Projector:
         self._by_name = {segment.name: segment for segment in segments}
         self._drawing = threading.Lock()
         # By module and device: where a model is spread over several, each draws what its modules need.
-        self._sparse: dict[tuple[str, torch.device], list[_SparseBlock]] = {}
-        self._dense: dict[tuple[str, torch.device], Tensor] = {}
-        self._factors: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self._drawn: dict[tuple[str, torch.device], Any] = {}
+        self._entries = 0  # of dense matrices that are kept
         self._places: dict[str, Tensor] = {}
 
     def segment(self, name: str) -> Segment:
@@ -244,30 +243,25 @@ class Projector:
         space, which saves a copy.
         """
         segment = self._by_name[name]
-        if gradient.shape[1:] != (segment.out_features, segment.in_features):
-            raise ShapeError(
-                f"module {name} has weight shape {(segment.out_features, segment.in_features)}, "
-                f"its gradients {tuple(gradient.shape[1:])}"
-            )
+        assert gradient.shape[1:] == (segment.out_features, segment.in_features), (name, gradient.shape)
         columns, kind, device = out[:, segment.start : segment.stop], self.projection.kind, gradient.device
         if kind == "kronecker":
-            left, right = self._kronecker(segment, device)
+            left, right = self._matrices(segment, device)
             self._add_factors(segment, torch.einsum("roi, ok, il -> rkl", gradient, left, right).flatten(1), columns)
         elif segment.dim == segment.full_dim and not segment.shared:
             columns += gradient.flatten(1)
         elif kind == "rademacher":
-            with self._drawing:
-                matrix = self._dense_matrix(segment, device)
+            matrix = self._matrices(segment, device)
             columns += (gradient.flatten(1) @ matrix.to(self.dtype)).mul_(segment.dim**-0.5)
         else:
-            blocks = self._sketch(segment, device)
+            blocks = self._matrices(segment, device)
             for block in blocks:
                 block.add(gradient, columns, overwrite=overwrite and len(blocks) == 1)
 
     def project_factors(self, name: str, activations: Tensor, output_gradients: Tensor, out: Tensor) -> None:
         """Kronecker only: `project` of `[row token in]` and `[row token out]` without forming the gradient."""
         segment = self._by_name[name]
-        left, right = self._kronecker(segment, activations.device)
+        left, right = self._matrices(segment, activations.device)
         part = torch.einsum("rtk, rtl -> rkl", output_gradients @ left, activations @ right).flatten(1)
         self._add_factors(segment, part, out[:, segment.start : segment.stop])
 
@@ -291,9 +285,6 @@ class Projector:
 
         `tensors[name]` is `[row out in]`, or `[out in]` for a single row; every segment must be there.
         """
-        missing = [segment.name for segment in self.segments if segment.name not in tensors]
-        if missing:
-            raise ShapeError(f"no tensor for {len(missing)} of {len(self.segments)} modules, first {missing[0]}")
         first = tensors[self.segments[0].name]
         rows = first.shape[0] if first.ndim == 3 else 1
         out = torch.zeros(rows, self.dim, device=self.device, dtype=self.dtype)
@@ -310,38 +301,38 @@ class Projector:
         self.project(name, basis.view(-1, segment.out_features, segment.in_features), out)
         return out[:, segment.start : segment.stop]
 
-    def _sketch(self, segment: Segment, device: torch.device) -> list[_SparseBlock]:
+    def _matrices(self, segment: Segment, device: torch.device) -> Any:
+        """What a segment is projected by, by the kind: blocks of a sketch, a dense matrix, or both sides' matrices."""
         with self._drawing:
-            key = segment.name, device
-            if key not in self._sparse:
-                self._sparse[key] = _draw_sketch(segment, self.projection, device, self.dtype)
-            return self._sparse[key]
+            key, seed = (segment.name, device), self.projection.seed
+            if key in self._drawn:
+                return self._drawn[key]
+            if self.projection.kind == "sparse":
+                made: Any = _draw_sketch(segment, self.projection, device, self.dtype)
+            elif self.projection.kind == "kronecker":
+                made = self._kronecker(segment, device)
+            else:
+                entries = segment.full_dim * segment.dim
+                made = _signs(_key(seed, "rademacher", segment.name), entries).to(device)
+                made = made.view(segment.full_dim, segment.dim)
+                if self._entries + entries > _DENSE_CACHE_ENTRIES:
+                    return made
+                self._entries += entries
+            self._drawn[key] = made
+            return made
 
-    def _dense_matrix(self, segment: Segment, device: torch.device) -> Tensor:
-        if (segment.name, device) in self._dense:
-            return self._dense[segment.name, device]
-        entries = segment.full_dim * segment.dim
-        key = _key(self.projection.seed, "rademacher", segment.name)
-        matrix = _signs(key, entries).to(device).view(segment.full_dim, segment.dim)
-        if sum(m.numel() for m in self._dense.values()) + entries <= _DENSE_CACHE_ENTRIES:
-            self._dense[segment.name, device] = matrix
-        return matrix
-
-    def _kronecker(self, segment: Segment, device: torch.device) -> tuple[Tensor, Tensor]:
-        with self._drawing:
-            if (segment.name, device) not in self._factors:
-                assert segment.factors is not None, segment
-                k_out, k_in = segment.factors
-                factors = []
-                for side, full, k in (("out", segment.out_features, k_out), ("in", segment.in_features, k_in)):
-                    key = _key(self.projection.seed, f"kronecker-{side}", segment.name)
-                    if k == full:  # kept, but for signs that set apart what else is in the columns
-                        kept = _signs(key, full) if segment.shared else torch.ones(full)
-                        factors.append(torch.diag(kept.to(device, self.dtype)))
-                        continue
-                    factors.append(_signs(key, full * k).view(full, k).to(device, self.dtype) * k**-0.5)
-                self._factors[segment.name, device] = (factors[0], factors[1])
-            return self._factors[segment.name, device]
+    def _kronecker(self, segment: Segment, device: torch.device) -> list[Tensor]:
+        assert segment.factors is not None, segment
+        factors = []
+        sides = zip(("out", "in"), (segment.out_features, segment.in_features), segment.factors, strict=True)
+        for side, full, k in sides:
+            key = _key(self.projection.seed, f"kronecker-{side}", segment.name)
+            if k == full:  # kept, but for signs that set apart what else is in the columns
+                kept = _signs(key, full) if segment.shared else torch.ones(full)
+                factors.append(torch.diag(kept.to(device, self.dtype)))
+            else:
+                factors.append(_signs(key, full * k).view(full, k).to(device, self.dtype) * k**-0.5)
+        return factors
 
 
 class _SparseBlock:

@@ -177,13 +177,15 @@ def _pass(
                     result.bad.update(dict.fromkeys(failed.rows, why))
                     part.tell(len(failed.rows))
 
-                flags = set(done[list(unit[-1].rows)].tolist())
-                for known in sorted(flags):  # of a unit that was halved where memory ran out, a part may be done
-                    left = [s for batch in unit for s in batch.sequences if bool(done[s.row]) == known]
+                before = done.copy()
+                flags = set(before[list(unit[-1].rows)].tolist())
+                for known in sorted(flags):
+                    cut = [unit]
+                    if len(flags) > 1:  # of a unit that was halved where memory ran out, a part is done
+                        cut = budget.units([s for batch in unit for s in batch.sequences if before[s.row] == known])
                     take = partial(_take, capture, sinks[lane], None if known else part, by_factors, stopped)
-                    for one in [unit] if len(flags) == 1 else budget.units(left):
-                        if not budget.through(one, take, leave_out, stopped):
-                            return False
+                    if not all(budget.through(one, take, leave_out, stopped) for one in cut):
+                        return False
                 return True
 
             _in_lanes(units, lanes, run, skip, fixed=full_sum)
@@ -310,11 +312,6 @@ class ShardPart:
                 view, _, name = rest.partition("/")
                 found.setdefault(cast(View, view), {})[name] = total.to(self._budget.device)
         return found
-
-    @staticmethod
-    def is_something(tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a snapshot has anything, be it of one module group."""
-        return "done" in tensors and bool(tensors["done"].any())
 
     @staticmethod
     def rows_of(tensors: Mapping[str, Tensor]) -> int:

@@ -87,7 +87,10 @@ def self_check(
     """
     pair = _short(rows)
     modules = [c for c in modules if not c.weight.is_meta]  # what is offloaded comes and goes with each use
-    exactly = autocast is None and _in_full_precision(network)
+    types = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    exactly = (
+        autocast is None and types <= {torch.float64, torch.float32} and not getattr(network, "is_quantized", False)
+    )
     bound = (_FOLDED if find_folds(network, modules) else _BOUND) if exactly else _COARSE
     try:
         with _nothing_zero(modules):
@@ -137,11 +140,7 @@ def kept_check(
     autocast: torch.dtype | None = None,
     checkpointing: bool = False,
 ) -> SelfCheck:
-    """`self_check`, once in a run for a model, an adapter's form, and the versions of what runs them.
-
-    Raises:
-        ModelError: as `self_check`.
-    """
+    """`self_check`, once in a run for a model, an adapter's form, and the versions of what runs them."""
     config = {
         "model": model_identity(model),
         "dtypes": sorted({str(parameter.dtype) for parameter in network.parameters()}),
@@ -239,17 +238,8 @@ def _captured(
     return {}, refused
 
 
-def _in_full_precision(network: nn.Module) -> bool:
-    types = {p.dtype for p in network.parameters() if p.is_floating_point()}
-    return types <= {torch.float64, torch.float32} and not getattr(network, "is_quantized", False)
-
-
 def _refuse_company(network: nn.Module, pair: SequenceABC[Sequence]) -> None:
-    """Refuse a model in which a row's loss depends on the row beside it.
-
-    Raises:
-        ModelError: saying by how much.
-    """
+    """Refuse a model in which a row's loss depends on the row beside it (`ModelError`, saying by how much)."""
     place = input_device(network)
     with torch.no_grad(), head_at(network) as head:
         together = pad(pair, place)

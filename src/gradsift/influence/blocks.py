@@ -49,43 +49,33 @@ def on_cpu(place: torch.device | str) -> bool:
     return torch.device(place) == torch.device("cpu")
 
 
-class Queries:
-    """What multiplies blocks of rows by all queries `[query dim]` (float32, contiguous), with the arithmetic of
-    `row_products`, at `place`: the device, or as `place_for` has it; `block` are the rows of a block, at most.
+def multiplier(by_row: Tensor, by_column: Tensor, block: int) -> Callable[[Tensor], Tensor]:
+    """What multiplies up to `block` rows `[row dim]` by queries `[query dim]`, with the arithmetic of `row_products`.
+
+    The rows are where `by_column` `[dim query]` is, their products `[row query]` on the CPU, in a buffer that the next
+    block's overwrite: each thread has a multiplier of its own.
     """
+    count, dim = by_row.shape
+    first, *rest = spans(dim)
+    by_query = torch.empty(count, block)
+    products = torch.empty(block, count, device=by_column.device)
 
-    def __init__(self, queries: Tensor, device: str) -> None:
-        self.place = place_for(device, len(queries), held=4 * queries.numel())
-        self.block = block_rows(len(queries), self.place)
-        self._by_row = queries
-        self._by_column = queries.T.contiguous().to(self.place)  # [dim query]
+    def over(span: slice, rows: Tensor) -> Tensor:
+        if count <= _SINGLY:
+            for number, query in enumerate(by_row):
+                torch.mv(rows[:, span], query[span], out=by_query[number, : len(rows)])
+            return by_query[:, : len(rows)].T
+        return torch.mm(rows[:, span], by_column[span], out=products[: len(rows)])
 
-    def multiplier(self) -> Callable[[Tensor], Tensor]:
-        """From the rows of a block, which are at `place`, to their products `[row query]`, which are on the CPU.
+    def multiply(rows: Tensor) -> Tensor:
+        if not rest:
+            return over(first, rows).cpu()
+        total = over(first, rows).double()
+        for span in rest:
+            total += over(span, rows)
+        return total.float().cpu()
 
-        They stand in a buffer that the next block's overwrite: each thread has a multiplier of its own.
-        """
-        count, dim = self._by_row.shape
-        first, *rest = spans(dim)
-        by_query = torch.empty(count, self.block)
-        products = torch.empty(self.block, count, device=self.place)
-
-        def over(span: slice, rows: Tensor) -> Tensor:
-            if count <= _SINGLY:
-                for number, query in enumerate(self._by_row):
-                    torch.mv(rows[:, span], query[span], out=by_query[number, : len(rows)])
-                return by_query[:, : len(rows)].T
-            return torch.mm(rows[:, span], self._by_column[span], out=products[: len(rows)])
-
-        def multiply(rows: Tensor) -> Tensor:
-            if not rest:
-                return over(first, rows).cpu()
-            total = over(first, rows).double()
-            for span in rest:
-                total += over(span, rows)
-            return total.float().cpu()
-
-        return multiply
+    return multiply
 
 
 def over_blocks(

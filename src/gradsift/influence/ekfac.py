@@ -240,10 +240,7 @@ class _Factors:
 
     def make(self, pool: Pool) -> None:
         """In two passes over the sample for each group of modules, unless they are there; what an earlier process did
-        of them is taken up. Rows that did not fit in memory are told of.
-
-        Raises:
-            DataError: none of the rows fitted.
+        of them is taken up. Rows that did not fit in memory are told of; a DataError where none of them fitted.
         """
         run, prefix = pool.run, self.prefix(pool.run)
         content = run.intact(prefix, pool.reporter)
@@ -421,15 +418,10 @@ class _Part:
 
 @dataclass(frozen=True)
 class Directions:
-    """Targets through the inverse of their checkpoint, and projected.
+    """Targets through the inverse of their checkpoint, and projected; `damping` and `steps` are as in `EKFAC`."""
 
-    factors: of the checkpoint
-    source:  the targets' sequences
-    damping, steps: as in `EKFAC`
-    """
-
-    factors: _Factors
-    source: SequenceSource
+    factors: _Factors  # of the checkpoint
+    source: SequenceSource  # the targets' sequences
     damping: Damping
     steps: int
 
@@ -583,24 +575,20 @@ class _Some:
         information = curved.information(0, len(curved)) if isinstance(curved, Pairs) else None
         budget = max(1, settings.token_budget // 3)  # twice differentiated graphs hold so much more
 
-        def curved_by(vector: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-            """None where memory does not suffice for batches of today's size."""
-            try:
-                return curvature_product(
-                    "ggn", network, captured, sequences, vector, token_budget=budget, autocast=settings.autocast,
-                    information=information,
-                )  # fmt: skip
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or budget <= factors.sample.longest():
-                    raise
-                return None
-
         def product(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
             nonlocal budget
-            while (curvature := curved_by(vector)) is None:
+            while True:  # in batches of half the size where memory does not suffice
+                try:
+                    curvature = curvature_product(
+                        "ggn", network, captured, sequences, vector, token_budget=budget, autocast=settings.autocast,
+                        information=information,
+                    )  # fmt: skip
+                    return {name: part + inverses[name].damping * vector[name] for name, part in curvature.items()}
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or budget <= factors.sample.longest():
+                        raise
                 empty_device_cache()
                 budget //= 2
-            return {name: part + inverses[name].damping * vector[name] for name, part in curvature.items()}
 
         def precondition(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: inverses[name](part[None])[0] for name, part in vector.items()}

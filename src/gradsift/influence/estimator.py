@@ -198,11 +198,7 @@ class Estimator(Settings):
         return []
 
     def checkpoints_of(self, pool: Pool) -> list[Checkpoint]:
-        """Those of the pool that it reads.
-
-        Raises:
-            ConfigError: it reads Adam's rows, and a checkpoint has no optimizer state.
-        """
+        """Those of the pool that it reads; a ConfigError where it reads Adam's rows, and one has no optimizer state."""
         checkpoints = pool.checkpoints()[-1:] if self.last_checkpoint else pool.checkpoints()
         if self.view == "adam":
             for checkpoint in checkpoints:  # refused before the first gradient is taken
@@ -223,11 +219,7 @@ class Estimator(Settings):
             self.checkpoints_of(pool)
 
     def ready(self, pool: Pool, target: Target | None) -> None:
-        """Train, and do what else may fail, before the pool goes through the model.
-
-        Raises:
-            ConfigError: as `checkpoints_of`.
-        """
+        """Train, and do what else may fail (as `checkpoints_of`), before the pool goes through the model."""
         self.checkpoints_of(pool)
 
     def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
@@ -235,10 +227,8 @@ class Estimator(Settings):
         return [1.0 / len(checkpoints)] * len(checkpoints)
 
     def greedy_terms(self) -> Callable[[Pool, Target, Sequence[str]], GreedyTerms] | None:
-        """What gives the terms of a greedy joint selection of rows by their ids; None where it knows of no pairs.
-
-        Raises:
-            ConfigError: it does, but not with its settings.
+        """What gives the terms of a greedy joint selection of rows by their ids; None where it knows of no pairs, and a
+        ConfigError where its settings leave none.
         """
         return None
 
@@ -267,11 +257,7 @@ class Estimator(Settings):
         return {}
 
     def targets(self, pool: Pool, target: Target) -> Targets:
-        """The token sequences that stand for the target.
-
-        Raises:
-            ConfigError: it takes labels, and prompts have none.
-        """
+        """The token sequences that stand for the target; a ConfigError where it takes labels, and prompts have none."""
         if target.labels is not None and (self.takes == "labels" or target.labels.ids == target.data.ids):
             return target.labels
         if self.takes == "texts" or not isinstance(target.data, Prompts):

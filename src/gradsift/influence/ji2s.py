@@ -213,10 +213,7 @@ class JI2S(TrainingEstimator):
         def parts(ids: Sequence[str]) -> NDArray[np.float64]:
             """The spreads that terms are divided by are held, see `joint_parts`."""
             found = joint_parts(pool, targets, self, terms, ids).numpy()
-            own: NDArray[np.float64] = (
-                found + (whole.astype(np.float32)[[place[id_] for id_ in ids]] - found.mean(axis=1))[:, None]
-            )
-            return own
+            return found + (whole.astype(np.float32)[[place[id_] for id_ in ids]] - found.mean(axis=1))[:, None]
 
         return Influence(
             terms.ids,
@@ -229,11 +226,7 @@ class JI2S(TrainingEstimator):
         )
 
     def greedy_terms(self) -> Callable[[Pool, Target, Sequence[str]], GreedyTerms]:
-        """Both terms, of the stored rows.
-
-        Raises:
-            ConfigError: an exact Hessian.
-        """
+        """Both terms, of the stored rows; an exact Hessian is a ConfigError."""
         if self.hessian in ("hvp", "ggn"):
             raise ConfigError(
                 f"selection joint_greedy cannot take hessian {self.hessian}, which needs a pass through the model for "
@@ -620,8 +613,7 @@ def _greedy_terms(method: JI2S, pool: Pool, target: Target, ids: Sequence[str]) 
         for store, places, factor in stored:
             row = store.rows(places[pick], places[pick] + 1)
             found.append(factor * store_inner_products(store, row, normalise=method.normalise)[places, 0].double())
-        total: Array = torch.stack(found).sum(dim=0).numpy()
-        return total
+        return torch.stack(found).sum(dim=0).numpy()
 
     if method.hessian == "identity":
         return GreedyTerms(marginal.numpy(), similarities, gains)

@@ -229,18 +229,18 @@ class MAGIC(SmoothTraining, Estimator):
         with replay.network_if_asked() as opened:
             ways = [partial(loss_after, replay, opened, ending, own) for own in (None, *weights[1:])]
             smooth = losses.of("smooth", ways)
-        again = [partial(self._plain_loss, pool, own, ending) for own in kept if self.record is None]
-        plain = losses.of("plain", again)
+
+        def plain_loss(own: list[str]) -> float:
+            """After the training that users do of some rows."""
+            return ending.mean(self.losses_after(pool, own, ending, seed=pool.seed + 1, what="MAGIC's check"))
+
+        plain = losses.of("plain", [partial(plain_loss, own) for own in kept if self.record is None])
         return Check(
             tuple(map(tuple, kept)),
             tuple(float((own - 1) @ change) for own in weights[1:]),
             tuple(loss - smooth[0] for loss in smooth[1:]),
             tuple(loss - plain[0] for loss in plain[1:]),  # none of none
         )
-
-    def _plain_loss(self, pool: Pool, ids: SequenceABC[str], ending: Ending) -> float:
-        """The targets' loss after the training that users do of some rows."""
-        return ending.mean(self.losses_after(pool, ids, ending, seed=pool.seed + 1, what="MAGIC's check"))
 
 
 def _without_weight(record: Record) -> list[str]:

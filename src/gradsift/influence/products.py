@@ -9,7 +9,7 @@ from gradsift.base.lazy import Tensor, torch
 from gradsift.base.progress import Advance, untold
 from gradsift.base.sums import row_norms
 from gradsift.execution.engine import LOCAL, Engine
-from gradsift.influence.blocks import BlockConsumer, Queries, over_blocks
+from gradsift.influence.blocks import BlockConsumer, block_rows, multiplier, over_blocks, place_for
 from gradsift.store.gradient_store import GradientStore
 from gradsift.store.storage import Storage
 
@@ -98,7 +98,9 @@ def store_inner_products(
         start, stop: rows [start, stop) of the store alone.
     """
     stop = len(store) if stop is None else stop
-    asked = Queries((unit_rows(queries) if normalise else queries).to(torch.float32).contiguous(), device)
+    asked = (unit_rows(queries) if normalise else queries).to(torch.float32).contiguous()
+    place = place_for(device, len(asked), held=4 * asked.numel())
+    by_column, block = asked.T.contiguous().to(place), block_rows(len(asked), place)
     out = torch.zeros(stop - start, len(queries))
     factors = torch.full((stop - start,), weight, dtype=torch.float64)
     if normalise:
@@ -107,7 +109,7 @@ def store_inner_products(
     factors = factors.float()
 
     def begin() -> BlockConsumer:
-        multiply = asked.multiplier()
+        multiply = multiplier(asked, by_column, block)
 
         def consume(part: slice, rows: Tensor, scale: Tensor | None) -> None:
             factor = factors[part] if scale is None else factors[part] * scale
@@ -115,7 +117,7 @@ def store_inner_products(
 
         return consume
 
-    over_blocks(store, asked.block, begin, start, stop, asked.place)
+    over_blocks(store, block, begin, start, stop, place)
     return out
 
 

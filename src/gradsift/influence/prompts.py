@@ -80,10 +80,8 @@ class PromptTarget(Target):
         return replace(self, data=replace(self.data, **own), subtasks=subtasks)
 
     def check_reward(self) -> None:
-        """Refuse a reward that cannot be computed for these prompts, before anything heavy is done for it.
-
-        Raises:
-            ConfigError: there is none, a column or a judge that it reads is missing, or it may not run programs.
+        """Refuse a reward that cannot be computed for these prompts (`ConfigError`), before anything heavy is done for
+        it: there is none, a column or a judge that it reads is missing, or it may not run programs.
         """
         if self.reward is None:
             raise ConfigError(
@@ -294,33 +292,21 @@ def _reward_elsewhere(
 
 @dataclass(frozen=True)
 class RewardSummary:
-    """What a checkpoint's responses earn, and how much of it tells them apart.
-
-    responses:  that have a reward and fit into the model; all that follows is of these
-    mean, std:  over all of them; std with n − 1
-    within:     standard deviation within a prompt, root mean square over prompts: what a policy gradient lives on
-    level:      root mean square over prompts of a prompt's mean reward
-    quantiles:  0, 25, 50, 75 and 100 %
-    positive:   share of rewards above 0
-    constant:   share of prompts whose responses all earn the same
-    no_signal:  prompts whose responses all have weight 0, so that their gradient is zero
-    cut_off:    share of responses that reached max_new_tokens
-    tokens:     mean length of a response
-    """
+    """What a checkpoint's responses earn, and how much of it tells them apart."""
 
     checkpoint: str
     prompts: int
-    responses: int
+    responses: int  # that have a reward and fit into the model; all that follows is of these
     mean: float
-    std: float
-    within: float
-    level: float
-    quantiles: tuple[float, float, float, float, float]
-    positive: float
-    constant: float
-    no_signal: tuple[str, ...]
-    cut_off: float
-    tokens: float
+    std: float  # with n − 1
+    within: float  # standard deviation within a prompt, root mean square over prompts: what a policy gradient lives on
+    level: float  # root mean square over prompts of a prompt's mean reward
+    quantiles: tuple[float, float, float, float, float]  # 0, 25, 50, 75 and 100 %
+    positive: float  # share of rewards above 0
+    constant: float  # share of prompts whose responses all earn the same
+    no_signal: tuple[str, ...]  # prompts whose responses all have weight 0, so that their gradient is zero
+    cut_off: float  # share of responses that reached max_new_tokens
+    tokens: float  # mean length of a response
 
     @property
     def silent(self) -> float:

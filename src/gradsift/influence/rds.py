@@ -89,8 +89,7 @@ def kept_embeddings(run: Run, texts: Sequence[str], model: str, device: str = "a
         run.storage.publish(key, save({"rows": np.ascontiguousarray(rows)}))
         run.complete(prefix, "embeddings", config, files=["rows.safetensors"])
         return rows
-    kept: NDArray[np.float32] = load(run.storage.read(key))["rows"]
-    return kept
+    return load(run.storage.read(key))["rows"]
 
 
 def missing_embeddings(run: Run, texts: Sequence[str], model: str) -> int:

@@ -41,25 +41,19 @@ _MOST_ROWS, _FEWEST_ROWS, _ROWS_TIMES_OUTPUTS = 4000, 500, 40_000
 
 @dataclass(frozen=True)
 class Reliability:
-    """How a ranking agrees with one from new samples, or from other targets, of the same kind.
+    """How a ranking agrees with one from new samples, or from other targets, of the same kind."""
 
-    over:  what is new
-    units: how many there are
-    low, high: ends of the 90 % interval of Spearman's correlation of both rankings, not below 0, in steps of 0.05. So
-        much of the variance of a ranking would come again
-    middle: its median
-    kept:  share of new rankings whose choice holds a row, for the rows asked for, in steps of 0.05; None also where
-        a unit is alone
-    ranked: whether the scores rank the rows at all: there are three or more, and not all score alike
-    """
-
-    over: Over
-    units: int
+    over: Over  # what is new
+    units: int  # how many there are
+    # The 90 % interval of Spearman's correlation of both rankings, not below 0, in steps of 0.05, and its median: so
+    # much of the variance of a ranking would come again.
     low: float
     middle: float
     high: float
+    # Share of new rankings whose choice holds a row, for the rows asked for, in steps of 0.05; None also where a unit
+    # is alone.
     kept: tuple[float, ...] | None = field(default=None, repr=False)
-    ranked: bool = True
+    ranked: bool = True  # whether the scores rank the rows at all: there are three or more, and not all score alike
 
     @property
     def told(self) -> bool:

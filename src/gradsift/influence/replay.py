@@ -85,10 +85,8 @@ class Record(ABC):
         return None
 
     def verify(self, state: State, gradient: Tensor | None, parameters: SequenceABC[Tensor]) -> None:  # noqa: B027
-        """Refuse a state, or the gradient of the step from it, that is not the recorded one; None at the end.
-
-        Raises:
-            MismatchError: it is another one.
+        """Refuse (`MismatchError`) a state, or the gradient of the step from it (None at the end), that is not the
+        recorded one.
         """
 
 
@@ -148,7 +146,8 @@ class Network:
         self._load(theta)
         terms = torch.zeros(len(directions), len(shares), dtype=torch.float64)
         products, losses = torch.zeros_like(directions), torch.zeros(len(shares), dtype=torch.float64)
-        with _twice_differentiable():
+        # Fused attention kernels have no second derivative.
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             for padded, rows in self._batches(sequences, self._budget_twice, dpo):
                 own, places = self._losses(padded, rows, dpo)
                 found, curved = Reverse(own, shares.to(own)[places], self.parameters).along(directions)
@@ -226,15 +225,6 @@ def _moved(
     return output
 
 
-@contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Fused attention kernels have no second derivative."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
 @dataclass(frozen=True)
 class Returned:
     """What a way back found."""
@@ -270,11 +260,7 @@ class Losses:
         return self._kept[name]
 
     def put(self, name: str, losses: list[float]) -> None:
-        """Keep those of a name.
-
-        Raises:
-            NonFiniteError: the training diverged.
-        """
+        """Keep those of a name; a NonFiniteError where the training diverged."""
         if not np.isfinite(losses).all():
             raise NonFiniteError(f"{self._what}: a training diverged, its loss is not finite: lower the learning rate")
         self._kept[name] = losses
@@ -463,7 +449,8 @@ class Replay:
 
     def _train(self, network: Network) -> None:
         steps = len(self.record)
-        keep = self._keeps_gradients(network)
+        size = network.start.numel() * network.start.element_size()
+        keep = (steps + 3 * math.ceil(steps / self._stride)) * size <= self._budget
         begin = max((s for s in range(0, steps, self._stride) if self._has("state", s)), default=0)
         state = self._state(network, begin) if begin else State.at(network.start)
         with self.reporter.stage(f"{self.what}: training", steps - begin, "steps") as advance:
@@ -504,10 +491,6 @@ class Replay:
                 state = self.record.optimizer.step(state, gradient, self.record.rates[step])
             while stretch:
                 yield stretch.pop()
-
-    def _keeps_gradients(self, network: Network) -> bool:
-        steps, size = len(self.record), network.start.numel() * network.start.element_size()
-        return (steps + 3 * math.ceil(steps / self._stride)) * size <= self._budget
 
     # --- rows and files -----------------------------------------------------------------------------------------------
 

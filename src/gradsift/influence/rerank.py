@@ -62,11 +62,7 @@ class Rerank(Estimator):
         return {"kind": cls.model_fields[info.field_name].default.kind, **value} if isinstance(value, dict) else value
 
     def model_post_init(self, _context: object) -> None:
-        """Refuse a second method that cannot do without projection.
-
-        Raises:
-            ConfigError: it is one.
-        """
+        """Refuse a second method that cannot do without projection."""
         if self.then.needs_projection:
             raise ConfigError(
                 f"then is {self.then.kind}, which inverts a matrix of all dimensions of a module, and unprojected rows "

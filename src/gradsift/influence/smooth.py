@@ -61,10 +61,7 @@ class SmoothTraining(Settings):
 
     def losses_after(self, pool: Pool, ids: SequenceABC[str], ending: Ending, *, seed: int, what: str) -> Tensor:
         """Of each target that counts, after the training that users do of some rows, float64 `[target]`."""
-        checkpoint = train(
-            pool.run, pool.training, ids, self.plain(pool), model=pool.model, dtype=pool.dtype, device=pool.device,
-            seed=seed, what=what, reporter=pool.reporter,
-        )[-1]  # fmt: skip
+        checkpoint = train(pool.run, pool.training, ids, self.plain(pool), seed=seed, what=what, **pool.place)[-1]
         model = host(pool.model, pool.dtype, pool.device).with_adapter(checkpoint.adapter)
         losses = row_losses(model, ending.sequences, len(ending.groups))
         return losses if ending.dpo is None else ending.dpo.losses(losses)

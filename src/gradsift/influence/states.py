@@ -158,9 +158,7 @@ def states(
     pool: Pool, source: SequenceSource, checkpoint: Checkpoint | None, pooling: Pooling, layer: int
 ) -> NDArray[np.float16]:
     """Unit vectors of hidden states, float16 `[row dim]`, kept in the run folder; not finite where the model's are not.
-
-    Raises:
-        ConfigError: the model has no such layer.
+    A ConfigError where the model has no such layer.
     """
     adapter = None if checkpoint is None else checkpoint.adapter
     return kept_rows(

@@ -222,10 +222,8 @@ def _places(
     """Of each recorded row, or pair of rows, the position of that of the pool with its token ids, and with its labels
     if there is one; else the number of the pool's. And the positions of each step's.
 
-    Args:
-        recording: of the rows.
-        units: of each step its rows, or its chosen and its rejected ones.
-        held: the pool's rows, or both answers of its pairs.
+    `units` are of each step its rows, or its chosen and its rejected ones; `held` the pool's, or both answers of its
+    pairs.
     """
     lengths = {len(row.token_ids) for row in recording.rows}
     found: dict[tuple[bytes, ...], int] = {}

@@ -24,9 +24,9 @@ from gradsift.jobs.pages import publish_page
 from gradsift.jobs.results import data_facts, gradient_facts, how_to_repeat
 from gradsift.jobs.select_explain import open_recipe, open_recipe_target, rest_of_target, say_account, say_left_out
 from gradsift.recipe import Recipe
+from gradsift.report.blocks import Facts, Page, Section
 from gradsift.store.run import Run
 from gradsift.validation.bench import Bench, bench, classed
-from gradsift.validation.bench_shown import benchmark_page
 from gradsift.validation.benchmark import Benchmark
 
 BENCHED = {
@@ -44,8 +44,13 @@ def run_bench(recipe: Recipe, reporter: Reporter | None = None) -> Benchmark:
         pool.run.publish_json("bench.json", found.as_dict())
         facts = data_facts(recipe, pool, target) | gradient_facts(recipe)
         repeat = {"command": f"gradsift run recipe.yaml --out {recipe.out}", **how_to_repeat(recipe, pool, target, {})}
-        created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        publish_page(pool.run, "bench.html", benchmark_page(found, facts, repeat, created))
+        sections = (
+            Section("results", "Methods and measures", found.blocks()[1:]),
+            Section("run", "The run", (Facts(facts),)),
+            Section("repeat", "How to do it again", (Facts(repeat),)),
+        )
+        title, created = "Which attribution method to use here", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        publish_page(pool.run, "bench.html", Page(title, sections, "benchmark", (found.sentence,), created=created))
     return found
 
 

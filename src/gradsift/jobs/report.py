@@ -19,7 +19,7 @@ from gradsift.base.errors import ConfigError, CorruptError
 from gradsift.base.progress import visible
 from gradsift.base.settings import Settings, models_in
 from gradsift.base.types import Prompt
-from gradsift.data.shown import excerpt, left_out, shares_table
+from gradsift.data.shown import excerpt, left_out, own_columns, shares_table
 from gradsift.evaluation.arms import Compare
 from gradsift.explanation.explain import DEFAULT_STRATEGIES, explained_views, shown_budget
 from gradsift.explanation.lines import explained_prompts
@@ -33,7 +33,7 @@ from gradsift.explanation.shown import (
     prompt_of,
     verdicts_line,
 )
-from gradsift.explanation.table_shown import coefficient_blocks, extreme_blocks, gain_blocks, relevance_blocks
+from gradsift.explanation.table import coefficient_blocks, extreme_blocks, gain_blocks, relevance_blocks
 from gradsift.gradients.rows import View
 from gradsift.influence.estimator import Estimator
 from gradsift.influence.estimators import estimators
@@ -52,7 +52,6 @@ from gradsift.jobs.results import (
     gradient_facts,
     how_to_repeat,
     known_columns,
-    own_columns,
     reliability_sentences,
     remove_outdated,
     shares,
@@ -83,6 +82,7 @@ from gradsift.report.terminal import console, draw, list_files
 from gradsift.selection.select import Selection
 from gradsift.selection.selectors import selectors
 from gradsift.selection.shown import chosen_examples, how_chosen, learned_tokens
+from gradsift.store.run import Run
 
 MOST_CHOSEN = 500
 MOST_OF_CONTROLS = 300  # all controls together
@@ -94,44 +94,34 @@ def write_results(result: Result) -> None:
     run = result.pool.run
     write_skipped(run, result.account)
     remove_outdated(result)
-    publish_page(run, "report.html", _with_earlier(result, result_page(result)))
+    publish_page(run, "report.html", _with_earlier(run, result_page(result)))
     run.publish_json("summary.json", summary(result))
 
 
-def _with_earlier(result: Result, page: Page) -> Page:
-    """The page with the choice that an earlier command of the run made, where this one only explains; and back."""
-    run = result.pool.run
+def _with_earlier(run: Run, page: Page) -> Page:
+    """The page with the choice or the explanations of the run's earlier page, where it has only the other."""
     if not run.storage.exists("report.json") or (page.section("chosen") and page.section("explanations")):
         return page
     try:
         earlier = kept_page(run, "report.html")
     except CorruptError:
         return page
-    kept, new = ("explanations", page) if page.section("chosen") else ("chosen", earlier)
-    if earlier.section(kept) is None:
+    choice, explained = (page, earlier) if page.section("chosen") else (earlier, page)
+    explanations = explained.section("explanations")
+    if choice.section("chosen") is None or explanations is None:
         return page
-    # What comes from the earlier page: its explanations, or everything but the new ones.
-    taken = earlier if new is page else page
-    facts = [one.facts("run") for one in (earlier, page)]
-    told = (name for own in facts for name in own.get("command", "").split(" and ") if name)
-    commands = " and ".join(dict.fromkeys(told))
-    run_facts = {**facts[1], **(facts[0] if new is earlier else {}), "command": commands, "time": facts[1]["time"]}
-    sections = []
-    for section in new.sections:
-        if section.id == "explanations":
-            section = taken.section("explanations") or section
-        if section.id == "run":
-            section = replace(section, blocks=(Facts(run_facts),))
-        if section.id == "reading":
-            section = replace(section, blocks=(Facts({**earlier.facts("reading"), **page.facts("reading")}),))
-        sections.append(section)
-    if new is page:
-        return replace(page, sections=tuple(sections))
-    return replace(
-        earlier,
-        title="gradsift: training examples for a target, and outputs explained",
-        summary=(*earlier.summary[:1], *page.summary),
-        sections=tuple(sections),
+    before, now = earlier.facts("run"), page.facts("run")
+    told = (name for own in (before, now) for name in own.get("command", "").split(" and ") if name)
+    facts = {**now, **choice.facts("run"), "command": " and ".join(dict.fromkeys(told)), "time": now["time"]}
+    own = {
+        "run": Section("run", "What was run", (Facts(facts),)),
+        "explanations": explanations,
+        "reading": replace(page.sections[-1], blocks=(Facts({**earlier.facts("reading"), **page.facts("reading")}),)),
+    }
+    return Page(
+        "gradsift: training examples for a target, and outputs explained",
+        tuple(own.get(section.id, section) for section in choice.sections),
+        summary=(*choice.summary[:1], *explained.summary[-1:]),
         created=page.created,
     )
 
@@ -271,21 +261,19 @@ def _examples(result: Result, chosen: Selection, most: int, *, own: bool) -> Exa
 def _chosen(result: Result) -> tuple[Block, ...]:
     """The choice of the estimator with what is known of it, and those of its controls."""
     blocks: list[Block] = []
+    controls: list[Block] = []
     each = max(20, MOST_OF_CONTROLS // max(1, len(result.selections) - 1))
     for number, chosen in enumerate(result.selections):
         tokens = f"{sum(learned_tokens(chosen)):,} supervised tokens"
         method = f"{chosen.estimator}, {chosen.method.label}"
         listed = _examples(result, chosen, each if number else MOST_CHOSEN, own=number == 0)
         if number:
-            blocks.append(Fold(f"{method}: {len(chosen):,} examples, {tokens}", (listed,)))
+            controls.append(Fold(f"{method}: {len(chosen):,} examples, {tokens}", (listed,)))
             continue
         of = f"{len(chosen):,} of {len(result.pool.data):,} examples"
         blocks += [Text(f"chose {of} ({tokens}; budget {len(chosen):,}). {HIGHER}", head=method), *how_chosen(chosen)]
         blocks += [*(Text(one, "reliability") for one in reliability_sentences(result)), listed]
-    if len(blocks) > 1 and len(result.selections) > 1:
-        first = next(n for n, block in enumerate(blocks) if isinstance(block, Fold))
-        blocks[first:] = [Group(tuple(blocks[first:]), "What the other methods chose")]
-    return tuple(blocks)
+    return (*blocks, *([Group(tuple(controls), "What the other methods chose")] if controls else []))
 
 
 def _ends(result: Result) -> tuple[Block, ...]:
@@ -368,7 +356,7 @@ def _responses(result: Result) -> tuple[Block, ...]:
         example = result.target.data.example(found.id)
         prompt = Prompt.of(example)
         helpers = _helpers(result, found.id) if found.signal else []
-        own = own_columns(example.row, result.recipe.target_columns)
+        own = own_columns(example.row, known_columns(result.recipe.target_columns))
         listed.append(prompt_example(found, prompt.messages, own, helpers, opened=number == first))
     said = (
         "The best and the worst responses to each prompt at the last checkpoint, with their rewards. Read some: a "

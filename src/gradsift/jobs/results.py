@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from gradsift.base.columns import numbers, texts
 from gradsift.base.errors import CorruptError
 from gradsift.base.types import Skipped
 from gradsift.context import Pool, Target
 from gradsift.data.account import Account, Entries
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
-from gradsift.data.shown import own_columns as columns_beside
 from gradsift.explanation.explain import Explanations
 from gradsift.explanation.lines import explained_prompts
 from gradsift.explanation.shown import explanation_file
@@ -155,7 +156,7 @@ class Result:
         return Account(self.skipped, Entries(pool.parts, others), pool.files + found.files, pool.notes + found.notes)
 
     @cached_property
-    def groups(self) -> dict[str, Groups]:
+    def groups(self) -> dict[str, pa.Array]:
         """The pool by each column in which what is chosen is compared with it."""
         return groups_of(self.pool.data, self.recipe.group_by)
 
@@ -306,43 +307,29 @@ def known_columns(columns: Columns) -> set[str]:
     return {value for value in columns.model_dump().values() if value}
 
 
-def own_columns(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
-    """What a row holds beside its conversation."""
-    return columns_beside(row, known_columns(columns))
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The rows of a data set, int32 `[row]`, by the places among `names` of what they have in one column."""
-
-    names: list[str]
-    codes: NDArray[np.int32]
-
-    def counts(self, positions: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
-        """How many of the rows at these positions have each name, most first."""
-        counts = np.bincount(self.codes[positions], minlength=len(self.names)).tolist()
-        found = ((name, count) for name, count in zip(self.names, counts, strict=True) if count)
-        return dict(sorted(found, key=lambda item: (-item[1], item[0])))
-
-
-def groups_of(data: Dataset, wanted: Sequence[str]) -> dict[str, Groups]:
-    """The columns by which chosen and pool are compared: those asked for, else the usual ones that have few values."""
+def groups_of(data: Dataset, wanted: Sequence[str]) -> dict[str, pa.Array]:
+    """What each row has in the columns by which chosen and pool are compared: those asked for, else the usual ones
+    that have few values.
+    """
     first = [data.row(id_) for id_ in data.ids[:50]]
     usual = [column for column in _GROUP_COLUMNS if all(isinstance(row.get(column), str) for row in first)]
-    found = {column: _grouped(data.column(column) if wanted else data.values(column)) for column in wanted or usual}
-    return {name: own for name, own in found.items() if wanted or 1 < len(own.names) <= _MAX_GROUPS}
+    found = {}
+    for column in wanted or usual:
+        values = data.column(column) if wanted else data.values(column)
+        found[column] = texts(map(str, values)).dictionary_encode()
+    return {name: own for name, own in found.items() if wanted or 1 < len(own.dictionary) <= _MAX_GROUPS}
 
 
-def _grouped(values: Iterable[Any]) -> Groups:
-    number: dict[str, int] = {}
-    codes = array("i", (number.setdefault(str(value), len(number)) for value in values))
-    return Groups(list(number), np.asarray(codes))
+def value_counts(groups: pa.Array, positions: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
+    """How many of the rows at these positions have each value, most first."""
+    found = Counter(groups.take(numbers(np.asarray(positions, np.int64))).to_pylist())
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def shares(result: Result, ids: Sequence[str]) -> dict[str, dict[str, int]]:
     """How many of the ids have each value of each group column."""
     positions = result.pool.data.positions(ids)
-    return {column: groups.counts(positions) for column, groups in result.groups.items()}
+    return {column: value_counts(groups, positions) for column, groups in result.groups.items()}
 
 
 def data_facts(recipe: Recipe, pool: Pool, target: Target | PromptTarget | None) -> dict[str, str]:

@@ -100,13 +100,9 @@ class Budget:
         """Have a unit, formed at any earlier size, taken in smaller batches where memory does not suffice, as all that
         follow.
 
-        Args:
-            take: takes a unit, or changes nothing and returns the batch for which memory did not suffice.
-            leave_out: told of a single sequence that does not fit even alone, and why its row is left out.
-            stopped: whether the rest is to be left, asked after each.
-
-        Returns:
-            Whether all of it was taken or left out.
+        `take` takes a unit, or changes nothing and returns the batch for which memory did not suffice; `leave_out` is
+        told of a single sequence that does not fit even alone, and why its row is left out; `stopped` is asked after
+        each whether the rest is to be left. Whether all was taken or left out.
         """
         waiting = self._fitting(unit)
         while waiting:

@@ -25,10 +25,9 @@ def embed(texts: Sequence[str], model: str = DEFAULT, *, device: str = "cpu") ->
     from gradsift.model.models import files_now
 
     encoder = _load(model, device, files_now(place_of(model), whole=True))
-    rows: NDArray[np.float32] = encoder.encode(
+    return encoder.encode(
         list(texts), batch_size=32, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
     )
-    return rows
 
 
 def available() -> bool:
@@ -59,8 +58,7 @@ def at_hand(model: str = DEFAULT) -> bool:
 def width(model: str) -> int:
     """Dimensions of an embedding, as the model's files say; 0 where they are not there."""
     folder = _folder_of(place_of(model))
-    found: int = 0 if folder is None else json.loads((Path(folder) / "config.json").read_text()).get("hidden_size", 0)
-    return found
+    return 0 if folder is None else json.loads((Path(folder) / "config.json").read_text()).get("hidden_size", 0)
 
 
 @lru_cache(maxsize=1)

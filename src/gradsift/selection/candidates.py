@@ -124,8 +124,8 @@ class Candidates:
         count: m, how many of a ranking compete, where the pool has so many.
         ids: of the pool; by default the positions.
         test_id: of the output that is explained; None where examples are chosen for a whole target.
-        pool: whose scores they are.
-        source: the scores for a whole target, with their estimator; None for one output.
+        pool, source: whose scores they are, and the scores for a whole target, with their estimator; None for one
+            output.
         among: positions that rankings are of; None for all with a finite score.
 
     Attributes:
@@ -136,7 +136,6 @@ class Candidates:
         sought: positions that a search of the whole pool has found (`pursuit.sought`), which no ranking need hold.
 
     Raises:
-        ShapeError, NonFiniteError: scores that are not [pool], or a target gradient that is not [dim] or not finite.
         ConfigError: `count` below 1, or no finite score.
     """
 

@@ -52,10 +52,8 @@ class Diverse(Selector):
         return None if self.by == "gradients" else self.by
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """The best first.
-
-        Raises:
-            ConfigError: texts are to be compared of candidates without a pool, or there is no sentence-transformers.
+        """The best first; a ConfigError where texts are to be compared of candidates without a pool, or there is no
+        sentence-transformers.
         """
         order, rows = candidates.ranking(), self._rows(candidates)
         blocks = (rows(order[start : start + _BLOCK]) for start in range(0, len(order), _BLOCK))

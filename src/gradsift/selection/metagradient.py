@@ -84,10 +84,8 @@ class MetagradientDescent(SmoothTraining, Selector):
         return list(best.chosen)
 
     def descend(self, candidates: Candidates, budget: int) -> list[Round]:
-        """Every round; what it trains and finds is kept in the run folder, step by step.
-
-        Raises:
-            ConfigError: the target has no labels, or too few rows.
+        """Every round; what it trains and finds is kept in the run folder, step by step. A ConfigError where the target
+        has no labels, or too few rows.
         """
         _, pool, target = candidates.whole()
         steering, measuring = self._endings(pool, target)
@@ -166,10 +164,8 @@ class MetagradientDescent(SmoothTraining, Selector):
         return Ending(source, groups, steering), Ending(source, groups, measuring)
 
     def _parts(self, pool: Pool, target: Target) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """The group of each target, those that are gone back from, and those that measure.
-
-        Raises:
-            ConfigError: too few measure for their differences to have an error.
+        """The group of each target, those that are gone back from, and those that measure; a ConfigError where too few
+        measure for their differences to have an error.
         """
         target = target.labelled
         groups = groups_of(len(target.data), target.subtasks)

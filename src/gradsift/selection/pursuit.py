@@ -229,11 +229,7 @@ class Reconstruction:
 
     @classmethod
     def of(cls, gram: Array, cross: Array, squared_norm: float) -> Reconstruction:
-        """From inner products as they are.
-
-        Raises:
-            DataError: the target gradient is zero.
-        """
+        """From inner products as they are; a DataError where the target gradient is zero."""
         if squared_norm == 0.0:
             raise DataError(
                 "the target gradient is zero (or its square underflows): there is nothing to explain, leave it out"

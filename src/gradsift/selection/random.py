@@ -54,8 +54,7 @@ class RandomChoice(Selector):
     def _draw(self, candidates: Candidates, size: int, number: int) -> list[int]:
         digest = hashlib.blake2b(f"{self.seed}|{number}|{candidates.test_id}".encode(), digest_size=16).digest()
         generator = np.random.default_rng(int.from_bytes(digest, "little"))
-        drawn: list[int] = generator.choice(candidates.available, size, replace=False).tolist()
-        return drawn
+        return generator.choice(candidates.available, size, replace=False).tolist()
 
 
 RandomExamples = RandomChoice

@@ -72,8 +72,7 @@ class Selector(Settings):
 
         `any` is all of them together; None where it follows none.
         """
-        order: Order | Literal["any"] | None = getattr(self, "order", None)
-        return order
+        return getattr(self, "order", None)
 
     @property
     def supports(self) -> bool:
@@ -83,8 +82,7 @@ class Selector(Settings):
     @property
     def coverage(self) -> SimilarityKind:
         """The similarity that a field of this name says, by which pages show how well its choice covers others."""
-        kind: SimilarityKind = getattr(self, "similarity", "cosine_squared")
-        return kind
+        return getattr(self, "similarity", "cosine_squared")
 
     def check(self, estimator: Estimator, *, target: bool = True, explaining: bool = False) -> None:
         """Refuse what cannot work, before anything is computed.

@@ -16,8 +16,7 @@ def learned_tokens(chosen: Selection) -> list[int]:
     """Tokens that training on each chosen example takes the loss on."""
     assert chosen.pool is not None
     data = chosen.pool.data
-    tokens: list[int] = data.supervised_tokens[data.positions(chosen.ids)].tolist()
-    return tokens
+    return data.supervised_tokens[data.positions(chosen.ids)].tolist()
 
 
 def chosen_examples(

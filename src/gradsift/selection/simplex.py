@@ -20,5 +20,4 @@ def onto_simplex(vectors: Array) -> Array:
     thresholds -= 1.0
     thresholds /= np.arange(1, shifted.shape[-1] + 1)
     # (Σ of the j largest − 1)/j rises with j while the next entry is above it, then falls: θ is its maximum.
-    t: Array = np.maximum(shifted - thresholds.max(axis=-1, keepdims=True), 0.0)
-    return t
+    return np.maximum(shifted - thresholds.max(axis=-1, keepdims=True), 0.0)

@@ -75,11 +75,7 @@ class TopK(MostHelpful):
         return "top-k" if self.threshold is None else f"top-k from {self.threshold:g}"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """The highest, of which at most so many as reach the threshold.
-
-        Raises:
-            DataError: none does.
-        """
+        """The highest, of which at most so many as reach the threshold; a DataError where none does."""
         if self.threshold is None:
             return super().choose(candidates, budget)
         values = candidates.scores[candidates.available]

@@ -53,11 +53,7 @@ class TSDS(Selector):
         return f"TSDS (seed {self.seed})"
 
     def choose(self, candidates: Candidates, budget: int) -> list[int]:
-        """`tsds` of what `_transport_rows` compares.
-
-        Raises:
-            DataError: no target example has a gradient.
-        """
+        """`tsds` of what `_transport_rows` compares; a DataError where no target example has a gradient."""
         known, rows, queries = _transport_rows(candidates)
         generator = torch.Generator().manual_seed(self.seed)
         drawn = tsds(rows, queries, budget=budget, alpha=self.alpha, c=self.c, sigma=self.sigma, generator=generator)

@@ -243,14 +243,11 @@ class GradientStore:
     """A complete gradient store, memory-mapped.
 
     Attributes:
-        name: the path or URL, for messages.
-        path: the folder, of copies where the store lies elsewhere.
+        name, path: the path or URL, for messages; the folder, of copies where the store lies elsewhere.
         ids: example ids in row order.
         segments: name → (start, stop), the columns that hold each module, alone or with all others.
-        norms: float64 `[row]`, the gradients' 2-norms before projection.
-        projected_norms: float64 `[row]`, the rows' own 2-norms.
-        losses: float64 `[row]`, weighted loss of each row.
-        supervised_tokens: int64 `[row]`.
+        norms, projected_norms: float64 `[row]`, 2-norms of the gradients before projection, and of the rows themselves.
+        losses, supervised_tokens: float64 `[row]`, the weighted loss of each; int64 `[row]`.
         excluded: id → reason of rows left out: gradients that are not finite, or a row too long for the memory.
         measured_error: how far cosines of stored rows are from those of unprojected ones; None where too few rows could
             be compared.
@@ -333,10 +330,8 @@ class GradientStore:
         return torch.cat(parts) if parts else torch.empty(0, self.dim)
 
     def rows_by_id(self, ids: Sequence[str]) -> Tensor:
-        """Rows of the ids `[id dim]`, in the order asked for.
-
-        Raises:
-            MismatchError: an id is not in the store; the message says which and whether it was left out.
+        """Rows of the ids `[id dim]`, in the order asked for; the MismatchError of one that is not there says whether
+        it was left out.
         """
         places = self.ids.positions(ids)
         missing = np.flatnonzero(places < 0)
@@ -353,8 +348,7 @@ class GradientStore:
         """Row positions of ids, all of which are there."""
         places = self.ids.positions(ids)
         assert (places >= 0).all(), self.name
-        found: list[int] = places.tolist()
-        return found
+        return places.tolist()
 
     def stored_blocks(self, start: int, stop: int, block: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Memory-mapped `(stored [row dim], scale [row] | None)` of up to `block` rows in order; row = stored·scale."""
@@ -385,10 +379,8 @@ class GradientStore:
         return torch.stack(known).sum(dim=0) if known and len(known) == shards else None
 
     def blocks(self) -> list[tuple[int, int]]:
-        """The columns (start, stop) of each module, for estimators that take them one by one.
-
-        Raises:
-            MismatchError: the modules share their columns.
+        """The columns (start, stop) of each module, for estimators that take them one by one; a MismatchError where
+        modules share them.
         """
         spans = list(self.segments.values())
         if any(stop > start for (_, stop), (start, _) in pairwise(spans)):
@@ -399,10 +391,8 @@ class GradientStore:
         return spans
 
     def check_comparable(self, target: GradientStore) -> None:
-        """Refuse a pair of stores whose rows live in different spaces.
-
-        Raises:
-            MismatchError: model, adapter, template, projection or modules differ; the message names them.
+        """Refuse a pair of stores whose rows live in different spaces: the MismatchError names what differs of model,
+        adapter, template, projection and modules.
         """
         keys = ("model", "adapter", "modules", "projection", "segments", "template", "revision")
         found = {key: target.config.get(key) for key in keys}

@@ -77,12 +77,10 @@ def _shared(url: str, _copies: str) -> RemoteStorage:
 
 
 class RemoteStorage:
-    """Storage under a URL.
+    """Storage under a URL, such as `s3://bucket/runs/math`; credentials come from where the protocol's library looks.
 
-    Args:
-        url: of the run, such as `s3://bucket/runs/math`. Credentials come from where the protocol's library looks.
-        copies: folder for copies; by default in the user's cache folder.
-        claim: by which another process holds the run, for whom this one writes.
+    Copies lie in a folder, by default in the user's cache folder; `claim` is by what another process holds the run, for
+    whom this one writes.
 
     Raises:
         ConfigError: the protocol is unknown or its library is not installed.
@@ -148,8 +146,7 @@ class RemoteStorage:
     def read(self, key: str) -> bytes:
         """The whole object."""
         with self._told("read", key):
-            content: bytes = self._fs.cat_file(self._at(key))
-            return content
+            return self._fs.cat_file(self._at(key))
 
     def publish(self, key: str, data: bytes | memoryview) -> None:
         """Write the whole object."""
@@ -364,19 +361,14 @@ class RemoteStorage:
 
 
 class _Claim(Record):
-    """Who holds a run, as its object `lock` says.
-
-    token: of the holder; workers that it has started hold the run by the same
-    machine, process, born: where it runs, its number, and when it began; by these a dead one is told on its machine
-    renewed: when it last said so, by its clock
-    """
+    """Who holds a run, as its object `lock` says."""
 
     owner: str
-    token: str = ""
-    machine: str = ""
+    token: str = ""  # of the holder; workers that it has started hold the run by the same
+    machine: str = ""  # where it runs; by this, its number and when it began, a dead one is told on its machine
     process: int = 0
     born: float = 0.0
-    renewed: float = 0.0
+    renewed: float = 0.0  # when it last said so, by its clock
 
 
 class _Lease:

@@ -160,11 +160,7 @@ class Run:
         return self.storage.lock()
 
     def bind(self, identity: Mapping[str, Any]) -> None:
-        """Tie the folder to a model and a pool, or refuse others.
-
-        Raises:
-            MismatchError: the folder belongs to something else; the message names what differs.
-        """
+        """Tie the folder to a model and a pool, or refuse others (`MismatchError`, which names what differs)."""
         self.refuse_other(identity)
         if not self.storage.exists("run.json"):
             publish_json(self.storage, "run.json", manifest("run", identity), sealed=True)

@@ -19,12 +19,11 @@ import numpy as np
 from pydantic import Field
 
 from gradsift.base.checks import float_array, same_size, to_float64
-from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelError, ShapeError
+from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.settings import Seed, Settings
 from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.data.pairs import Pairs
-from gradsift.gradients.adam import adam_direction
 from gradsift.gradients.folding import Captured
 from gradsift.model.adapters import nothing_trained
 from gradsift.model.batching import automatic_token_budget, form_batches
@@ -101,39 +100,6 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> float:
     same_size("token", "logits", len(values), "labels", len(labels))
     parts = zip(values.split(_ROWS), labels.to(values.device).split(_ROWS), strict=True)
     return math.fsum(float(_log_softmax(part).gather(1, label.to(part.device)[:, None]).sum()) for part, label in parts)
-
-
-def adamw_first_step(
-    gradient: Tensor,
-    *,
-    lr: float = 1e-5,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    weight: Tensor | None = None,
-) -> Tensor:
-    """What a fresh AdamW adds to a weight whose loss has this gradient: of its shape, fp64 for fp64 and otherwise fp32.
-
-    Bias correction makes the first moments m̂ = g and v̂ = g², so Δ = −lr·(g/(|g|+ε) + weight_decay·w): nearly lr times
-    the gradient's sign, whatever its length. The sign: Δ lowers the loss. The betas cancel but for rounding; the weight
-    is needed for weight decay.
-
-    Example:
-        >>> adamw_first_step(torch.tensor([2.0, -0.5]), lr=0.1)
-        tensor([-0.1000,  0.1000])
-    """
-    gradient = gradient.detach()
-    zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)
-    step = adam_direction(gradient, zero, zero, betas=betas, eps=eps, bias_correction=True, step=0).mul_(-lr)
-    if weight_decay == 0.0:
-        return step
-    if weight is None:
-        raise ConfigError(f"weight_decay is {weight_decay}, but no weight was given: pass weight=")
-    if weight.shape != gradient.shape:
-        raise ShapeError(
-            f"weight has shape {tuple(weight.shape)}, its gradient {tuple(gradient.shape)}: pass those of one module"
-        )
-    return step.sub_(weight.detach().to(step), alpha=lr * weight_decay)
 
 
 class StepModel:
@@ -227,12 +193,13 @@ class StepModel:
         """The model after the step that a batch of this mean gradient causes; `[dim]`, modules in order."""
         sizes = [captured.out_features * captured.in_features for captured in self.modules]
         same_size("dim", "the gradient", gradient.numel(), "the modules", sum(sizes))
-        options = self.settings
         with _put_back(self.network, self.weights):
             parts = gradient.split(sizes)
             for captured, weight, part in zip(self.modules, self.weights, parts, strict=True):
-                own = captured.unfolded(part.view(captured.shape)).to(weight.device, weight.dtype)
-                weight.data = weight.data + adamw_first_step(own, weight=weight, **options.adamw)
+                weight.data = weight.data.clone()
+                weight.grad = captured.unfolded(part.view(captured.shape)).to(weight.device, weight.dtype)
+                torch.optim.AdamW([weight], **self.settings.adamw).step()
+                weight.grad = None
             yield
 
     @contextmanager

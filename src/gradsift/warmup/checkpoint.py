@@ -48,11 +48,7 @@ class Checkpoint:
         return None if self.adapter is None else adapter_identity(self.adapter)
 
     def optimizer_identity(self) -> str:
-        """A hash of the optimizer state.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """A hash of the optimizer state; a ConfigError where there is none."""
         if self.optimizer is None:
             raise ConfigError(
                 f"{self.name} comes without optimizer state, which the Adam direction needs (found none of "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradsift.base.errors import ConfigError, CorruptError, StorageError
+from gradsift.base.errors import ConfigError
 from gradsift.base.memory import free_bytes, give_back_memory
 from gradsift.base.progress import Reporter
 from gradsift.data.dataset import Dataset
@@ -25,11 +25,9 @@ from gradsift.model.models import (
     release_models,
     resolve_device,
 )
-from gradsift.store.manifest import read_json
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import INFO_FILE
 from gradsift.warmup.train import (
-    CheckpointInfo,
     Training,
     TrainingOutput,
     check_examples,
@@ -60,10 +58,9 @@ def train_fully(
     """Train every parameter of a model on the examples; the folder of one model per epoch, in order.
 
     Loss, batches, schedule, clipping, resumption and errors are those of `train`; weight decay spares biases and norms,
-    as transformers has it. `rank`, `alpha`, `dropout` and `target_modules` are not read. Weights are float32 whatever
-    the base's dtype (float64 if asked for), since steps at such learning rates vanish in 16 bits: with gradients and
-    Adam's moments 16 bytes for each parameter, and activations. Each epoch is kept, at 4 bytes for each parameter, and
-    while training goes on 8 more.
+    as transformers has it; LoRA's fields are not read. Weights are float32 whatever the base's dtype (float64 if asked
+    for), since steps at such learning rates vanish in 16 bits: with gradients and Adam's moments 16 bytes for each
+    parameter, and activations. Each epoch is kept, at 4 bytes for each parameter, and while training goes on 8 more.
     """
     check_examples(data, ids, seed, what)
     if dtype in QUANTISED:
@@ -105,17 +102,6 @@ class _Models(TrainingOutput):
     def prepare(self) -> None:
         release_models()
         refuse_too_large(*self.base)
-
-    def whole(self, folder: str) -> bool:
-        """By the files' sizes: weights of many gigabytes are not read to find an altered bit."""
-        storage = self.run.storage
-        try:
-            sizes = read_json(storage, f"{folder}{INFO_FILE}", CheckpointInfo).get("bytes", {})
-        except (CorruptError, StorageError):
-            return False
-        return all(
-            storage.exists(folder + name) and storage.size(folder + name) == size for name, size in sizes.items()
-        )
 
     @contextmanager
     def network(self, finished: int) -> Iterator[Any]:

@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from gradsift.base.errors import ConfigError, CorruptError, DataError
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.memory import empty_device_cache, give_back_memory
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.settings import MAX_SEED, Settings
 from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.model.models import DtypeName, host, model_identity
-from gradsift.store.manifest import Record, differences, fingerprint, publish_json, read_json
+from gradsift.store.manifest import Record, differences, fingerprint, publish_json, read_if_whole, read_json
 from gradsift.store.run import Run
 from gradsift.warmup.checkpoint import ADAM_FILE, INFO_FILE, Checkpoint
 from gradsift.warmup.preferences import referred
@@ -78,10 +78,7 @@ class Training(Settings):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """The settings that `--preset` names, with some fields changed.
-
-        Raises:
-            ConfigError: an unknown name.
+        """The settings that `--preset` names, with some fields changed; an unknown name is a ConfigError.
 
         Example:
             >>> Training.preset("compact", epochs=2).rank
@@ -249,10 +246,12 @@ class TrainingOutput(ABC):
 
     base: the model's name, dtype and device
     learner, why_not: what messages call what learns, and why an epoch in which it did not is refused
+    needed: files of an epoch, whatever checkpoint.json says of them
     """
 
     learner: ClassVar[str]
     why_not: ClassVar[str] = ""
+    needed: ClassVar[tuple[str, ...]] = ()
 
     run: Run
     prefix: str
@@ -266,9 +265,19 @@ class TrainingOutput(ABC):
         folders = (f"{self.prefix}epoch-{epoch}/" for epoch in range(1, epochs + 1))
         return next((number for number, folder in enumerate(folders) if not self.whole(folder)), epochs)
 
-    @abstractmethod
     def whole(self, folder: str) -> bool:
-        """Whether an epoch's folder is there in full."""
+        """Whether an epoch's folder is there in full: checkpoint.json is written last, with its files' checksums, or
+        their sizes, as weights of many gigabytes are not read to find an altered bit.
+        """
+        storage, info = self.run.storage, read_if_whole(self.run.storage, f"{folder}{INFO_FILE}", CheckpointInfo)
+        if info is None:
+            return False
+        digests, sizes = info.get("files", {}), info.get("bytes", {})
+        return (
+            all(storage.exists(f"{folder}{name}") for name in (*self.needed, *sizes))
+            and all(storage.size(f"{folder}{name}") == size for name, size in sizes.items())
+            and all(self.run.unaltered(f"{folder}{name}", digest) for name, digest in digests.items())
+        )
 
     def prepare(self) -> None:  # noqa: B027  # an adapter needs nothing
         """Make room, or refuse, before a network is loaded."""
@@ -415,17 +424,7 @@ class _Adapters(TrainingOutput):
 
     learner = "adapter"
     why_not = ", and gradients vanish where every LoRA B is zero"
-
-    def whole(self, folder: str) -> bool:
-        """By all files of an epoch, as they were written; checkpoint.json is written last and has their checksums."""
-        storage = self.run.storage
-        if not all(storage.exists(f"{folder}{name}") for name in (*_ADAPTER_FILES, ADAM_FILE, INFO_FILE)):
-            return False
-        try:
-            digests = read_json(storage, f"{folder}{INFO_FILE}", CheckpointInfo).get("files", {})
-        except CorruptError:
-            return False
-        return all(self.run.unaltered(f"{folder}{name}", digest) for name, digest in digests.items())
+    needed = (*_ADAPTER_FILES, ADAM_FILE)
 
     def network(self, finished: int) -> AbstractContextManager[Any]:
         from gradsift.warmup.trainer import adapter_on

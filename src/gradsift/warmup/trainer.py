@@ -44,20 +44,14 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 @dataclass
 class TrainingState:
-    """All that going on needs, as it is after `step` optimizer steps.
+    """All that going on needs, as it is after `step` optimizer steps since the start of training."""
 
-    weights, exp_avg, exp_avg_sq: by parameter name, in the order of the model's trainable parameters
-    step: optimizer steps since the start of training
-    loss_sum: sum over the examples seen in this epoch of their token-mean loss, nats
-    rates: learning rate of each step of this epoch
-    """
-
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]  # as the moments, by parameter name, in the order of the model's trainable parameters
     exp_avg: Mapping[str, Tensor]
     exp_avg_sq: Mapping[str, Tensor]
     step: int
-    loss_sum: float = 0.0
-    rates: list[float] = field(default_factory=list)
+    loss_sum: float = 0.0  # sum over the examples seen in this epoch of their token-mean loss, nats
+    rates: list[float] = field(default_factory=list)  # learning rate of each step of this epoch
 
 
 @dataclass(frozen=True)
@@ -194,7 +188,7 @@ class StepTrainer:
         self.loss_sum = 0.0 if state is None else state.loss_sum
         self.rates: list[float] = [] if state is None else list(state.rates)
         self._place = model.get_input_embeddings().weight.device
-        self._token_budget = first_token_budget(self._place)
+        self._token_budget = _CPU_TOKENS if self._place.type == "cpu" else _CUDA_TOKENS
         if state is not None:
             with torch.no_grad():
                 for name, parameter in self.trainable.items():
@@ -401,11 +395,6 @@ def learning_rates(settings: Training, total_steps: int) -> list[float]:
     )
     (curve,) = schedule.lr_lambdas
     return [settings.learning_rate * curve(step) for step in range(total_steps)]
-
-
-def first_token_budget(place: torch.device) -> int:
-    """Padded tokens that run together, to begin with."""
-    return _CPU_TOKENS if place.type == "cpu" else _CUDA_TOKENS
 
 
 def state_of(trainable: Mapping[str, nn.Parameter], optimizer: Any, step: int) -> TrainingState:

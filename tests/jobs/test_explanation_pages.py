@@ -13,7 +13,7 @@ import pytest
 
 import page_examples
 from gradsift.explanation.table import RelevanceTable, relevance_table
-from gradsift.jobs.models import write_models
+from gradsift.jobs.explanation_pages import write_models
 from gradsift.report.blocks import Table
 from tiny_world import Cli, World
 

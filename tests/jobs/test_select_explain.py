@@ -47,11 +47,7 @@ _COMPARE = ("--set", _ARMS, "--set", "compare.metrics=[{kind: loss, data: %s}]")
     [
         ("select", _DESCENT, "give more targets"),
         ("select", _DIVERSE, "no/such"),
-        (
-            "select",
-            ("--estimator", "bm25", "--selection", "tsds", "--reward", "length:1-9"),
-            "none of 2 prompts has an answer",
-        ),
+        ("select", ("--estimator", "bm25", "--selection", "tsds", "--reward", "length:1-9"), "LESS (SGD) needs labels"),
         ("plan", _DESCENT, "give more targets"),
         ("plan", _COMPARE, "give more targets"),
         ("explain", (*_DIVERSE, "--prompt", "what"), "no/such"),

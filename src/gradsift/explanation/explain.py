@@ -385,7 +385,7 @@ class Explanations(Shown):
 
     def _drawn(self, competing: Mapping[str, Candidates]) -> tuple[Candidates, dict[int, list[list[str]]]]:
         """The random choices of one output, the same whichever estimator ranks: of what each of them can choose."""
-        strategy = next((own for own in self.strategies if isinstance(own, RandomChoice)), RANDOM)
+        strategy = next((own for own in self.strategies if own.by_chance), RANDOM)
         first, *others = competing.values()
         for other in others:
             first = first.also_of(other)
@@ -426,7 +426,7 @@ class Explanations(Shown):
 
     def _results(self, estimator: str, competing: Candidates, random: _Random) -> Iterator[StrategyResult]:
         ranks = descending_ranks(competing.scores.numpy())
-        ranking = [strategy for strategy in self.strategies if not isinstance(strategy, RandomChoice)]
+        ranking = [strategy for strategy in self.strategies if not strategy.by_chance]
         choices = choose_all(ranking, competing, self.budgets) if ranking else []
         relevances = self._relevances(competing, choices) if ranking else []
         made = dict(zip((one.strategy for one in ranking), zip(choices, relevances, strict=True), strict=True))

@@ -139,6 +139,7 @@ class Estimator(Settings):
     full_sum: whether the pool's stores have to hold the unprojected sums of their rows.
     by_row: whether a row's scores are the same whatever other rows there are, so that it may be given some at a time.
     by_chance: whether its ranking means nothing, as a control.
+    trains: whether it goes through a training on all of the pool, which another row would make another.
     signed: whether a score below 0 says that training on the row does harm; else 0 is a point like any other.
     raters: what grades rows, one by one, if anything does.
     text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
@@ -156,6 +157,7 @@ class Estimator(Settings):
     full_sum: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
     by_chance: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
     signed: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
     text_model: ClassVar[str | None] = None

@@ -76,6 +76,7 @@ class MAGIC(SmoothTraining, Estimator):
     """
 
     signed: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
 
     kind: Literal["magic"] = "magic"
     fraction: float = Field(default=1.0, gt=0, le=1)

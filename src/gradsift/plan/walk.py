@@ -67,7 +67,6 @@ from gradsift.influence.ratings import (
     missing_ratings,
 )
 from gradsift.influence.rds import missing_embeddings
-from gradsift.influence.smooth import SmoothTraining
 from gradsift.jobs.bench import open_bench
 from gradsift.jobs.rollouts import check_rollouts
 from gradsift.jobs.select_explain import (
@@ -86,7 +85,6 @@ from gradsift.rewards.reward import single_rewards
 from gradsift.rewards.samples import prompt_of
 from gradsift.rewards.value import RewardValue
 from gradsift.selection.candidates import ORDERS
-from gradsift.selection.random import RandomChoice
 from gradsift.selection.select import budget_count, kept_count
 from gradsift.selection.selector import Selector, reader_beside
 from gradsift.store.run import Run
@@ -167,7 +165,7 @@ class Walk:
         self._retrain(judge, done=done)
         if "self" in settings.asked:
             (whole, *halves), _ = self_pools(self.pool, self.target, settings)
-            methods = [method for method in settings.judged if not isinstance(method, SmoothTraining)]
+            methods = [method for method in settings.judged if not method.trains]
             own = self.pool
             for pool in (whole, *halves):
                 self.pool, self._there = pool, {}
@@ -623,7 +621,7 @@ class Walk:
         pool = self.pool
         orders = {one.ranking for one in job.strategies} - {None} | {"most_helpful"}
         lists = (len(ORDERS) if "any" in orders else len(orders)) * len(job.estimators)
-        draws = max([RANDOM.draws, *(one.draws for one in job.strategies if isinstance(one, RandomChoice))])
+        draws = max([RANDOM.draws, *(getattr(one, "draws", 1) for one in job.strategies)])
         lowest = len(job.estimators) * max(min(OPPOSING, job.candidates), *job.budgets)
         each = min(len(pool.data), lists * max(job.candidates, *job.budgets) + lowest + draws * max(job.budgets))
         at_once = min(outputs, max(1, MOST_AT_ONCE // each)) if each < len(pool.data) else outputs

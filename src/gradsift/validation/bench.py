@@ -698,7 +698,7 @@ class Judgement:
                 continue
             first[label], agree[label] = nothing, nothing
             error[label] = self._error_of(method)
-            if isinstance(method, SmoothTraining):
+            if method.trains:
                 continue  # copies would be another training
             each, _ = self._placed(score(pool, self.target, method, views=()), pool)
             copies = np.zeros(each.shape, dtype=bool)

@@ -736,7 +736,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if not mounted or mounted.returncode != 0:
         pytest.skip("a disk that fills up needs the right to mount a tmpfs")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)  # files may be mapped until their objects are collected
 
 
 def test_a_full_disk(tiny: World, small_disk: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_reward_is_bound_to_its_completion() -> None:
 @pytest.mark.parametrize("written", ['["red", "blue"]', np.array(["red", "blue"], dtype=object)])
 def test_lists_as_files_have_them(written: Any) -> None:
     """JSON text, and arrays."""
-    assert Stored().texts({"completions": written, "rewards": np.array([1.0, 0.0])}) == ["red", "blue"]
+    assert Stored().responses({"completions": written, "rewards": np.array([1.0, 0.0])}) == ["red", "blue"]
 
 
 def test_other_texts_are_other_draws(tiny: World) -> None:

@@ -113,7 +113,7 @@ def test_a_row_that_kills_its_process_is_left_out(tiny: World, tmp_path: Path, e
 def test_responses_and_rewards_are_the_same(tiny: World, tmp_path: Path, cluster: None, reward: str) -> None:
     """Responses that workers draw, and what a function or unit tests that they run say of them."""
     (tmp_path / "rewards.py").write_text(REWARD)
-    program = {"test": "def check(candidate):\n    assert candidate", "entry_point": "answer"}
+    program = {"test": "def check(candidate):\n    assert candidate(2) == 4", "entry_point": "answer"}
     rows = [{**row, **program} for row in target_rows(8)]
     target = write_rows(tmp_path / "prompts.jsonl", rows)
     given = ["--samples", "4", "--max-new-tokens", "6", *tiny.with_adapters()]

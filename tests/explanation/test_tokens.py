@@ -222,9 +222,15 @@ def test_adam_directions_add_up_with_the_momentum(kind: str) -> None:
         torch.testing.assert_close(own.output, wanted)
 
 
-def test_sequences_of_one_output_add_up() -> None:
+@pytest.mark.parametrize("kind", ["LoRA, folded", "skipped by the second"])
+def test_sequences_of_one_output_add_up(kind: str) -> None:
     """A contrast is the difference of two gradients: its tokens' parts are those of each, one behind the other."""
-    model, modules = made("LoRA, folded")
+    if kind == "LoRA, folded":
+        model, modules = made(kind)
+    else:
+        model = tiny_llama().double()
+        model.model.layers[0].self_attn.q_proj = Sometimes(model.model.layers[0].self_attn.q_proj)
+        modules = find_modules(model, "q_proj|v_proj").captured
     rows = random_sequences([9, 14])
     chosen, rejected = multi_turn(0, 12), random_sequences([8])[0]
     rejected = Sequence(0, rejected.token_ids, -rejected.weights)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradsift.base.errors import ShapeError
 from gradsift.base.types import Sequence
 from gradsift.gradients.capture import LORA, find_modules
 from gradsift.gradients.folding import Captured
@@ -148,6 +149,20 @@ def test_a_zero_vector_has_a_zero_product(kind: Curvature) -> None:
     vector = {captured.name: torch.zeros(captured.shape) for captured in modules}
     found = curvature_product(kind, model, modules, of_several(), vector, token_budget=64)
     assert not any(part.any() for part in found.values())
+
+
+def test_refuses_vectors_that_do_not_fit() -> None:
+    """A missing module or a wrong shape is named with what was wanted; so is a call without sequences."""
+    model, modules = llama_lora()
+    vector = {captured.name: torch.zeros(captured.shape) for captured in modules}
+    with pytest.raises(ShapeError, match="at least one row"):
+        curvature_product("hvp", model, modules, [], vector, token_budget=64)
+    first = modules[0].name
+    with pytest.raises(ShapeError, match="has shape \\(1, 2\\), expected"):
+        curvature_product("hvp", model, modules, of_several(), {**vector, first: torch.zeros(1, 2)}, token_budget=64)
+    del vector[first]
+    with pytest.raises(ShapeError, match="is missing"):
+        curvature_product("hvp", model, modules, of_several(), vector, token_budget=64)
 
 
 def trained(model: nn.Module, modules: tuple[Captured, ...], sequences: list[Sequence], steps: int) -> None:

@@ -303,6 +303,8 @@ def test_what_coefficients_refuse() -> None:
         policy_coefficients(torch.tensor([1.0, torch.nan]))
     with pytest.raises(ShapeError, match="the axis 'sample' is empty"):
         policy_coefficients(torch.zeros(0))
+    with pytest.raises(ShapeError, match="no sample to weigh"):
+        importance_shares([])
     for variant in ("rejection", "weighted_rejection", "imitation", "ppo"):
         with pytest.raises(ConfigError, match=f"baseline mean does not go with the variant {variant}"):
             PolicyGradient(variant=variant, baseline="mean")

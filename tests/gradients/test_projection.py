@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gradsift.gradients.projection as projection_module
-from gradsift.base.errors import ConfigError
+from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.gradients.projection import Projection, Projector, Segment, plan_segments, segment_dims
 
 OUT, IN = 12, 20  # one module of 240 entries
@@ -354,7 +354,7 @@ def apply_tensors(one: Projector) -> dict[str, Tensor]:
 
 
 def test_apply_projects_named_tensors() -> None:
-    """`apply` projects a batch of rows or one full-space tensor per module."""
+    """`apply` projects a batch of rows or one full-space tensor per module, and misses no module."""
     projection = Projection(dim=60, sizes="proportional")
     one = Projector(plan_segments({"a": (10, 10), "b": (9, 12)}, projection), projection, dtype=torch.float64)
     tensors = apply_tensors(one)
@@ -365,6 +365,10 @@ def test_apply_projects_named_tensors() -> None:
         torch.testing.assert_close(rows[:, segment.start : segment.stop], wanted)
     torch.testing.assert_close(one.apply({n: t[1] for n, t in tensors.items()}), rows[1:2])
     torch.testing.assert_close(one.apply({n: t.sum(0) for n, t in tensors.items()})[0], rows.sum(0))
+    with pytest.raises(ShapeError, match="no tensor for 1 of 2 modules, first b"):
+        one.apply({"a": tensors["a"]})
+    with pytest.raises(ShapeError, match=r"module a has weight shape \(10, 10\)"):
+        one.apply({"a": tensors["b"], "b": tensors["b"]})
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,14 @@ def test_a_pool_like_the_target_weighs_nothing() -> None:
 
 
 def test_what_cannot_be_weighed_is_refused() -> None:
-    """No smoothing, no words."""
+    """No smoothing, other buckets, no words."""
+    counts = np.ones((2, 3))
+    with pytest.raises(ConfigError, match="smoothing is 0"):
+        dsir_log_ratios(counts, counts, smoothing=0)
+    with pytest.raises(ShapeError, match="3 buckets and the target 2"):
+        dsir_log_ratios(counts, np.ones((2, 2)), smoothing=1)
     with pytest.raises(ShapeError, match="target has no word"):
-        dsir_log_ratios(np.ones((2, 3)), np.zeros((1, 3)), smoothing=1)
+        dsir_log_ratios(counts, np.zeros((1, 3)), smoothing=1)
     with pytest.raises(ValueError, match="greater than 0"):
         DSIR(smoothing=0)
 

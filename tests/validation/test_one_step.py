@@ -345,6 +345,10 @@ def test_model_comes_back_after_an_exception(tmp_path: Path) -> None:
         raise AssertionError("the step cannot be taken")
     assert state(network) == hooked
     handle.remove()
+    nan = torch.ones(sum(w.numel() for w in plain.weights))
+    nan[-1] = float("nan")
+    with pytest.raises(NonFiniteError), plain.moved_by(nan):
+        raise AssertionError("the step cannot be taken")
     with pytest.raises(ShapeError), plain.moved_by(torch.ones(3)):
         raise AssertionError("the step cannot be taken")
     assert state(network) == before

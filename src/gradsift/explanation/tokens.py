@@ -88,6 +88,14 @@ class Factors:
         """Σ g xᵀ `[out in]`."""
         return self.g.flatten(0, 1).T @ self.x.flatten(0, 1)
 
+    def zeros(self, tokens: int) -> Factors:
+        """Of as many tokens that had no part."""
+        return Factors(*(one.new_zeros(tokens, *one.shape[1:]) for one in (self.x, self.g)))
+
+    def before(self, other: Factors) -> Factors:
+        """With the tokens of another sequence behind."""
+        return Factors(torch.cat([self.x, other.x]), torch.cat([self.g, other.g]))
+
     def along(self, matrix: Tensor) -> Tensor:
         """gᵀ M x of each token, float64 `[token]`, for M `[out in]`."""
         return ((self.g @ matrix) * self.x).sum((1, 2), dtype=torch.float64).cpu()
@@ -203,15 +211,26 @@ class _Sums:
 
 
 def _held(capture: Capture, output: SequenceABC[Sequence]) -> dict[str, Factors]:
-    """Each module's factors of all sequences of an output, one behind the other; of none that it did not use."""
-    held: dict[str, Factors] = {}
-    lengths = [len(one.token_ids) for one in output]
+    """Each module's factors of all sequences of an output, one behind the other; zeros where one did not use it."""
+    parts: list[dict[str, Factors]] = []
+    for one in output:
+        own: dict[str, Factors] = {}
 
-    def hold(module: Captured, x: Tensor, g: Tensor) -> None:
-        unpadded = (torch.cat([part[:n] for part, n in zip(one, lengths, strict=True)]) for one in (x, g))
-        held[module.name] = Factors(*unpadded)
+        def hold(module: Captured, x: Tensor, g: Tensor, own: dict[str, Factors] = own) -> None:
+            own[module.name] = Factors(x[0], g[0])
 
-    capture.run(output, lambda _module, _gradients: None, consume_tokens=hold)
+        # A module that had no part in the output's loss adds to no product.
+        capture.run([one], lambda _module, _gradients: None, consume_tokens=hold)
+        parts.append(own)
+    held = dict(parts[0])
+    for before, own in enumerate(parts[1:], start=1):
+        for name in held.keys() | own.keys():
+            known = sum(len(one.token_ids) for one in output[:before])
+            first, second = held.get(name), own.get(name)
+            if first is None:
+                assert second is not None, name
+                first = second.zeros(known)
+            held[name] = first.before(second or first.zeros(len(output[before].token_ids)))
     return held
 
 

@@ -10,8 +10,24 @@ from functools import cache
 
 from gradsift.base.lazy import Tensor, torch
 
-# The thread that writes, and at most one thing that it is writing.
-_Background = tuple[ThreadPoolExecutor, list[Future[None]]]
+
+class _Background:
+    """One thread that writes, and at most one thing that it is writing."""
+
+    def __init__(self, executor: ThreadPoolExecutor) -> None:
+        self._executor = executor
+        self._pending: Future[None] | None = None
+
+    def put(self, task: Callable[[], None]) -> None:
+        self.wait()
+        self._pending = self._executor.submit(task)
+
+    def wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
 _background: ContextVar[_Background | None] = ContextVar("gradsift_background_writes", default=None)
 
 
@@ -23,11 +39,11 @@ def writing_in_background() -> Iterator[None]:
     finished first, so that an interrupted run loses no shard that was computed.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="gradsift-write") as executor:
-        pending: list[Future[None]] = []
-        token = _background.set((executor, pending))
+        background = _Background(executor)
+        token = _background.set(background)
         try:
             yield
-            _wait(pending)
+            background.wait()
         finally:
             _background.reset(token)
 
@@ -38,14 +54,7 @@ def write(task: Callable[[], None]) -> None:
     if background is None:
         task()
     else:
-        executor, pending = background
-        _wait(pending)
-        pending.append(executor.submit(task))
-
-
-def _wait(pending: list[Future[None]]) -> None:
-    while pending:
-        pending.pop().result()
+        background.put(task)
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:

@@ -450,8 +450,8 @@ def collect_shard(spec: ShardSpec, on_rows: Any = None) -> None:
             excluded={ids[row]: reason for row, reason in sorted(bad.items())},
         )
         exact = None if result.exact is None else _exact_rows(result.exact, view, keep)
-        tensors = to_host({**result.full_sums.get(view, {}), _ROWS: rows})
-        write(partial(_write, writer, spec.shard, tensors, columns, exact))
+        sums = to_host(result.full_sums[view]) if view in result.full_sums else None
+        write(partial(_write, writer, spec.shard, to_host({"rows": rows}), columns, sums, exact))
     if kept.there:
         write(kept.remove)
 
@@ -521,19 +521,19 @@ def _exact_rows(exact: ExactProducts, view: View, keep: SequenceABC[int]) -> Exa
     )
 
 
-_ROWS = ""  # among names of modules
+_Waiting = Callable[[], dict[str, Tensor]]
 
 
 def _write(
     writer: GradientStoreWriter,
     shard: int,
-    tensors: Callable[[], dict[str, Tensor]],
+    rows: _Waiting,
     columns: ShardColumns,
+    sums: _Waiting | None,
     exact: ExactRows | None,
 ) -> None:
     """Publish a shard as soon as its rows, and their sums, have arrived in this machine's memory."""
-    sums = dict(tensors())
-    writer.write_shard(shard, sums.pop(_ROWS), columns, sums if writer.config["full_sum"] else None, exact)
+    writer.write_shard(shard, rows()["rows"], columns, None if sums is None else sums(), exact)
 
 
 class _Engine:
@@ -662,7 +662,7 @@ class _Preparation(_Work):
         """Modules without gradients, each view's configuration, and how to cut the work."""
         engine = self.engine()
         if "adam" in self.views:
-            engine.adam  # noqa: B018  # which raises where there are none
+            _ = engine.adam  # which raises where there are none
         source, settings = self.source, self.at.settings
         self.at.check(self.run, engine.network, source.sequences(0, min(len(source.ids), _PROBE_ROWS)))
         lanes = automatic_lanes(engine.network, source.longest(), settings.token_budget, engine.modules.captured)

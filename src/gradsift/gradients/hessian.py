@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from gradsift.base.errors import ShapeError
 from gradsift.base.lazy import Tensor, nn, torch
 from gradsift.base.types import Sequence
 from gradsift.gradients.capture import Capture
@@ -60,13 +61,16 @@ def curvature_product(
 
     Returns:
         Hs, module name → `[out in]`, float32 (float64 for a float64 model), on the model's device.
+
+    Raises:
+        ShapeError: no sequence, or a module without a vector of its shape.
     """
     rows = {sequence.row for sequence in sequences}
-    assert rows, "there is a sequence"
+    if not rows:
+        raise ShapeError("no sequence to take the curvature of: pass those of at least one row")
     parameter = next(model.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    along = {captured.name: vector[captured.name].detach().to(parameter.device, dtype) for captured in modules}
-    assert all(along[captured.name].shape == captured.shape for captured in modules), "it is of these modules"
+    along = _checked(vector, modules, parameter.device, dtype)
     if kind == "fisher":
         total = _fisher(model, modules, sequences, along, token_budget, autocast)
     elif kind == "ggn" and information is not None:
@@ -78,6 +82,20 @@ def curvature_product(
             second = _fisher(model, modules, information, along, token_budget, autocast)
             total = {name: part + second[name] for name, part in total.items()}
     return {name: tensor / len(rows) for name, tensor in total.items()}
+
+
+def _checked(
+    vector: Mapping[str, Tensor], modules: SequenceABC[Captured], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    for captured in modules:
+        found = tuple(vector[captured.name].shape) if captured.name in vector else None
+        if found != captured.shape:
+            what = "is missing" if found is None else f"has shape {found}"
+            raise ShapeError(
+                f"the vector's part for module {captured.name} {what}, expected {captured.shape} (out, in): "
+                "pass a tensor for every captured module"
+            )
+    return {captured.name: vector[captured.name].detach().to(device, dtype) for captured in modules}
 
 
 def _fisher(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from gradsift.base.checks import float_array, to_float64
-from gradsift.base.errors import ConfigError
+from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Settings
 from gradsift.base.types import Sequence as TokenSequence
@@ -139,6 +139,8 @@ def importance_shares(log_ratios: Sequence[Tensor]) -> Tensor:
         >>> importance_shares([torch.zeros(3), torch.zeros(5)]).tolist()
         [1.0, 1.0]
     """
+    if not log_ratios:
+        raise ShapeError("there is no sample to weigh: pass at least one")
     return _shares(torch.stack([to_float64(float_array("log_ratios", ratio, "token")).sum() for ratio in log_ratios]))
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gradsift.base.errors import ConfigError
+from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.settings import Seed, Settings
 from gradsift.gradients.folding import Captured
@@ -243,7 +243,11 @@ class Projector:
         space, which saves a copy.
         """
         segment = self._by_name[name]
-        assert gradient.shape[1:] == (segment.out_features, segment.in_features), (name, gradient.shape)
+        if gradient.shape[1:] != (segment.out_features, segment.in_features):
+            raise ShapeError(
+                f"module {name} has weight shape {(segment.out_features, segment.in_features)}, "
+                f"its gradients {tuple(gradient.shape[1:])}"
+            )
         columns, kind, device = out[:, segment.start : segment.stop], self.projection.kind, gradient.device
         if kind == "kronecker":
             left, right = self._matrices(segment, device)
@@ -285,6 +289,9 @@ class Projector:
 
         `tensors[name]` is `[row out in]`, or `[out in]` for a single row; every segment must be there.
         """
+        missing = [segment.name for segment in self.segments if segment.name not in tensors]
+        if missing:
+            raise ShapeError(f"no tensor for {len(missing)} of {len(self.segments)} modules, first {missing[0]}")
         first = tensors[self.segments[0].name]
         rows = first.shape[0] if first.ndim == 3 else 1
         out = torch.zeros(rows, self.dim, device=self.device, dtype=self.dtype)

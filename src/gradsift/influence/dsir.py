@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from gradsift.base.errors import ShapeError
+from gradsift.base.errors import ConfigError, ShapeError
 from gradsift.context import Pool, Target
 from gradsift.data.words import words
 from gradsift.influence.bm25 import spoken_texts, wordless
@@ -101,7 +101,12 @@ def dsir_log_ratios(pool: Any, target: Any, *, smoothing: float) -> NDArray[np.f
         >>> dsir_log_ratios(np.array([[1, 0], [0, 1]]), np.array([[3, 1]]), smoothing=1e-12).round(4).tolist()
         [0.4055, -0.6931]
     """
-    assert smoothing > 0, smoothing  # an n-gram that the target lacks would weigh −∞
+    if not smoothing > 0:
+        raise ConfigError(f"smoothing is {smoothing}, expected above 0: an n-gram that the target lacks would weigh −∞")
+    if pool.shape[1] != target.shape[1]:
+        raise ShapeError(
+            f"the pool has {pool.shape[1]} buckets and the target {target.shape[1]}: count both with the same number"
+        )
     shares = []
     for name, counts in (("pool", pool), ("target", target)):
         total = np.asarray(counts.sum(axis=0), dtype=np.float64).reshape(-1)

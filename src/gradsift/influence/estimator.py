@@ -274,7 +274,8 @@ class Estimator(Settings):
         labelled = target.labelled.data
         if not self.needs_target or self.takes != "labels" or len(labelled) == len(target.data):
             return None
-        missing = [id_ for id_ in target.data.ids if id_ not in set(labelled.ids)]
+        known = set(labelled.ids)
+        missing = [id_ for id_ in target.data.ids if id_ not in known]
         left_out = () if target.labels is None else target.labels.skipped
         reasons = {skip.id: f": {skip.detail}" for skip in left_out if skip.reason == "nothing_to_learn"}
         return (

@@ -60,8 +60,8 @@ def joint_greedy(pool: Tensor, target: Tensor, *, budget: int, joint_weight: flo
     over the whole pool, most of which is never trained on; here the interaction is with the examples that are (ours).
     With the Fisher matrix of the targets Γ_iᵀHΓ_j = (1/Q) P_i·P_j, so that one product of P with the row of the last
     pick gives all gains: O(pool · target) per pick. The quadratic is that of one step over the chosen examples at rate
-    λ, but for half of it and the self terms; λ = 0 ranks by the first term, below 0 seeks alike examples. Ties go to
-    the lowest position, and the budget is filled even where gains are negative.
+    λ, but for half of it and the self terms; λ, in units of 1 over a gradient product, ranks by the first term at 0 and
+    seeks alike examples below. Ties go to the lowest position, and the budget is filled even where gains are negative.
 
     Raises:
         ConfigError: a budget outside 1 to the number of rows, or a weight that is not a finite number.

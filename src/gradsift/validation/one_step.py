@@ -192,6 +192,7 @@ class StepModel:
     def moved_by(self, gradient: Tensor) -> Iterator[None]:
         """The model after the step that a batch of this mean gradient causes; `[dim]`, modules in order."""
         sizes = [captured.out_features * captured.in_features for captured in self.modules]
+        gradient = float_array("gradient", gradient, "dim")
         same_size("dim", "the gradient", gradient.numel(), "the modules", sum(sizes))
         with _put_back(self.network, self.weights):
             parts = gradient.split(sizes)

@@ -187,7 +187,7 @@ def bench(
     *,
     settings: Bench | None = None,
 ) -> Benchmark:
-    """Judgement methods by how well their scores find what is known, or foretell what retraining does.
+    """Judge methods by how well their scores find what is known, or foretell what retraining does.
 
     Scores and retrainings are kept in the run folder: what was interrupted goes on, and a further method costs its own
     scores alone. A method that fails is listed, and the others are judged.

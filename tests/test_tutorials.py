@@ -135,9 +135,10 @@ def check_files(page: Path) -> None:
 
 
 def cut(name: str, count: int, source: Path | None = None) -> None:
-    """Keep the first rows of a file, or take those of another."""
-    lines = (source or Path(name)).read_text(encoding="utf-8").splitlines()
-    write_rows(Path(name), map(json.loads, lines[:count]))
+    """Keep the first rows of a file, or take those of another, whose sources are what the pages call skills."""
+    lines = (source or Path(name)).read_text(encoding="utf-8").splitlines()[:count]
+    rows = ({"skill" if key == "source" else key: value for key, value in json.loads(line).items()} for line in lines)
+    write_rows(Path(name), rows)
 
 
 @pytest.fixture

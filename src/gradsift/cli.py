@@ -734,8 +734,8 @@ def _end_incomplete(failed: Sequence[str]) -> None:
 
     if failed:
         raise IncompleteError(
-            f"{len(failed)} failed and the rest is done, first {failed[0].rstrip('.')}. The same command tries again what "
-            "failed"
+            f"{len(failed)} failed and the rest is done, first {failed[0].rstrip('.')}. "
+            "The same command tries again what failed"
         )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -37,7 +38,42 @@ Rating = float | str
 """A row's rating, or in words why it has none."""
 
 
-class JudgeRating(JudgeSettings):
+class RatingSettings(Settings):
+    """How rows are rated.
+
+    passes: how often a row goes through the base model for it.
+    label: its name in messages and stages.
+    asks: whom it asks, and the tokens of an answer at most.
+    """
+
+    passes: ClassVar[int] = 0
+
+    @property
+    def asks(self) -> tuple[Endpoint, int] | None:
+        return None
+
+    def question(self, messages: Sequence[Message]) -> list[Message] | None:
+        """What it asks about a row of these messages; None where there is nothing to judge."""
+        return None
+
+    def check(self, method: str) -> None:
+        """Refuse what it cannot rate with, for a method of this name."""
+
+    def identity(self, pool: Pool) -> dict[str, Any]:
+        """What decides a row's rating beside the row."""
+        own = {**self.model_dump(mode="json"), "template": pool.data.template}
+        return {**own, "model": model_identity(pool.model), "dtype": pool.dtype} if self.passes else own
+
+    def objection(self, rating: float) -> str | None:
+        """Why a row of this rating is left out all the same."""
+        return None
+
+    @abstractmethod
+    def opened(self, pool: Pool) -> AbstractContextManager[Callable[[Sequence[str]], list[Rating]]]:
+        """What rates rows, by their ids."""
+
+
+class JudgeRating(JudgeSettings, RatingSettings):
     """A grade from 0 to 5 by a language model: AlpaGasus's question (Chen et al. 2024), in words of our own.
 
     A grade counts only as a last line of the form `Score: 4.5`; rows with any other answer are left out and counted.
@@ -59,8 +95,49 @@ class JudgeRating(JudgeSettings):
     def label(self) -> str:
         return "judge" if self.endpoint is None else f"judge {self.endpoint.model}"
 
+    def check(self, method: str) -> None:
+        """It needs an endpoint."""
+        if self.endpoint is None:
+            raise ConfigError(
+                f"{method} asks a judge, and none is named: give --judge-model MODEL (and --judge-url), `judge:` "
+                "in a recipe, or a rater that asks nobody: length, perplexity, ifd, or file.py:function"
+            )
 
-class FunctionRating(Settings):
+    def identity(self, pool: Pool) -> dict[str, Any]:
+        assert self.endpoint is not None
+        return {**self.model_dump(mode="json"), "endpoint": self.endpoint.served}
+
+    @property
+    def asks(self) -> tuple[Endpoint, int] | None:
+        return None if self.endpoint is None else (self.endpoint, self.max_tokens)
+
+    def question(self, messages: Sequence[Message]) -> list[Message] | None:
+        prompt, answer = before_answer(messages)
+        parts, task = {"conversation": transcript(prompt)}, _COMPLEXITY
+        if self.aspect == "quality":
+            if answer is None:  # where every token is learned, rows need none
+                return None
+            parts["response"], task = answer, _QUALITY
+        return question_of(task, self.criteria or _CRITERIA[self.aspect], parts)
+
+    @contextmanager
+    def opened(self, pool: Pool) -> Iterator[Callable[[Sequence[str]], list[Rating]]]:
+        assert self.endpoint is not None
+        concurrency = self.endpoint.concurrency
+        with Client(self.endpoint) as client:
+            yield lambda ids: in_order(
+                partial(self._graded, client), [pool.data.messages(id_) for id_ in ids], concurrency
+            )
+
+    def _graded(self, client: Client, messages: Sequence[Message]) -> Rating:
+        asked = self.question(messages)
+        if asked is None:
+            return "there is no answer to judge"
+        found = self.verdict(client, _FORM, asked)
+        return found.reason if isinstance(found, Unreadable) else float(found)
+
+
+class FunctionRating(RatingSettings):
     """A function of yours by name: `module:function`, `file.py:function`, or a file with exactly one function.
 
     It is called as `f(rows) -> list of float or None` with up to 64 rows, each a dict with `id`, `messages` (role and
@@ -80,20 +157,53 @@ class FunctionRating(Settings):
     def label(self) -> str:
         return self.name
 
+    def check(self, method: str) -> None:
+        """It has to be there."""
+        load_function(self.name)
 
-class LengthRating(Settings):
+    def identity(self, pool: Pool) -> dict[str, Any]:
+        return {"kind": self.kind, **function_identity(self.name)}
+
+    @contextmanager
+    def opened(self, pool: Pool) -> Iterator[Callable[[Sequence[str]], list[Rating]]]:
+        function, data = load_function(self.name), pool.data
+        yield lambda ids: _by_function(
+            function, self.name, [{"id": id_, "messages": data.messages(id_), "row": data.row(id_)} for id_ in ids]
+        )
+
+
+class LengthRating(RatingSettings):
     """Tokens of the last answer, its end included: the longest first (Zhao et al. 2024)."""
 
     label: ClassVar[str] = "length"
 
     kind: Literal["length"] = "length"
 
+    @contextmanager
+    def opened(self, pool: Pool) -> Iterator[Callable[[Sequence[str]], list[Rating]]]:
+        yield lambda ids: list[Rating](float(np.diff(_answer(pool.data.by_id(id_)))[0]) for id_ in ids)
 
-class PerplexityRating(Settings):
+
+class ModelRating(RatingSettings):
+    """How rows are rated by the base model's losses."""
+
+    @contextmanager
+    def opened(self, pool: Pool) -> Iterator[Callable[[Sequence[str]], list[Rating]]]:
+        model = host(pool.model, pool.dtype, pool.device).with_adapter(None)
+        yield lambda ids: self.ratings(model, [pool.data.by_id(id_) for id_ in ids])
+
+    @abstractmethod
+    def ratings(self, model: Any, examples: Sequence[TokenizedExample]) -> list[Rating]:
+        """A rating, or why there is none, of each."""
+
+
+class PerplexityRating(ModelRating):
     """The base model's own perplexity of the last answer given all before it, exp(mean NLL): above 1.
 
     prefer: `low` rates by 1/perplexity, what the model finds natural first; `high` by the perplexity.
     """
+
+    passes: ClassVar[int] = 1
 
     kind: Literal["perplexity"] = "perplexity"
     prefer: Literal["low", "high"] = "low"
@@ -102,8 +212,18 @@ class PerplexityRating(Settings):
     def label(self) -> str:
         return f"{self.prefer} perplexity"
 
+    def ratings(self, model: Any, examples: Sequence[TokenizedExample]) -> list[Rating]:
+        spans = [_answer(example) for example in examples]
+        sequences = [
+            _mean_over(number, example.token_ids[:stop], max(1, start))
+            for number, (example, (start, stop)) in enumerate(zip(examples, spans, strict=True))
+        ]
+        losses = row_losses(model, sequences, len(examples)).tolist()
+        sign = 1.0 if self.prefer == "high" else -1.0
+        return [math.exp(min(sign * loss, 700.0)) if math.isfinite(loss) else f"the loss is {loss}" for loss in losses]
 
-class DifficultyRating(Settings):
+
+class DifficultyRating(ModelRating):
     """Instruction-following difficulty (Li et al. 2024): IFD = L(answer | prompt) / L(answer), both by the base model.
 
     Near 1 the prompt hardly helps to predict the answer: the instruction is hard to follow, and rates high. Above
@@ -114,9 +234,30 @@ class DifficultyRating(Settings):
     """
 
     label: ClassVar[str] = "IFD"
+    passes: ClassVar[int] = 2
 
     kind: Literal["ifd"] = "ifd"
     maximum: FiniteFloat | None = 1.0
+
+    def identity(self, pool: Pool) -> dict[str, Any]:
+        return {name: own for name, own in super().identity(pool).items() if name != "maximum"}  # the ratio is kept
+
+    def objection(self, rating: float) -> str | None:
+        if self.maximum is None or rating <= self.maximum:
+            return None
+        return f"its IFD is {rating:.3f}: the prompt does not make the answer likelier"
+
+    def ratings(self, model: Any, examples: Sequence[TokenizedExample]) -> list[Rating]:
+        # rows 2i and 2i + 1 hold the losses with and without what precedes the answer
+        sequences = []
+        for number, example in enumerate(examples):
+            start, stop = _answer(example)
+            if stop - start > 1:
+                sequences.append(_mean_over(2 * number, example.token_ids[:stop], start + 1))
+                sequences.append(_mean_over(2 * number + 1, example.token_ids[start:stop], 1))
+        if not sequences:
+            return ["the answer is one token"] * len(examples)
+        return [_ratio(*pair) for pair in row_losses(model, sequences, 2 * len(examples)).view(-1, 2).tolist()]
 
 
 Rater = Annotated[
@@ -167,13 +308,7 @@ class Ratings:
 def check_raters(method: Estimator) -> None:
     """Refuse a judge without an endpoint, and a function that cannot be loaded."""
     for rater in method.raters:
-        if isinstance(rater, JudgeRating) and rater.endpoint is None:
-            raise ConfigError(
-                f"{method.label} asks a judge, and none is named: give --judge-model MODEL (and --judge-url), `judge:` "
-                "in a recipe, or a rater that asks nobody: length, perplexity, ifd, or file.py:function"
-            )
-        if isinstance(rater, FunctionRating):
-            load_function(rater.name)
+        rater.check(method.label)
 
 
 def rate(pool: Pool, method: Estimator) -> Ratings:
@@ -187,8 +322,8 @@ def rate(pool: Pool, method: Estimator) -> Ratings:
         for id_, rating in _kept_ratings(pool, rater).items():
             if isinstance(rating, str):
                 reasons.setdefault(id_, rating)
-            elif isinstance(rater, DifficultyRating) and rater.maximum is not None and rating > rater.maximum:
-                reasons.setdefault(id_, f"its IFD is {rating:.3f}: the prompt does not make the answer likelier")
+            elif (objection := rater.objection(rating)) is not None:
+                reasons.setdefault(id_, objection)
             else:
                 values[id_] *= rating
     ids = [id_ for id_ in pool.data.ids if id_ not in reasons]
@@ -213,7 +348,7 @@ class _Kept(Record):
 
 def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
     data, run = pool.data, pool.run
-    identity = _identity(pool, rater)
+    identity = rater.identity(pool)
     prefix = run.prefix("ratings", identity)
     keys = _keys(pool)
     known, damaged = _known(pool, prefix)
@@ -224,9 +359,8 @@ def _kept_ratings(pool: Pool, rater: Rater) -> dict[str, Rating]:
     found: dict[str, Rating] = {id_: known[keys[id_]] for id_ in data.ids if keys[id_] in known}
     if not waiting:
         return found
-    with _rating(pool, rater) as rated, pool.reporter.stage(f"ratings by {rater.label}", len(waiting)) as advance:
-        exactly = _MODELLED if isinstance(rater, PerplexityRating | DifficultyRating) else None
-        for chunk in in_chunks(waiting, most=_CHUNK, exactly=exactly):
+    with rater.opened(pool) as rated, pool.reporter.stage(f"ratings by {rater.label}", len(waiting)) as advance:
+        for chunk in in_chunks(waiting, most=_CHUNK, exactly=_MODELLED if rater.passes else None):
             fresh = dict(zip(chunk, rated(chunk), strict=True))
             found |= fresh
             kept = {keys[id_]: value for id_, value in fresh.items() if not isinstance(value, str)}
@@ -259,57 +393,8 @@ def _known(pool: Pool, prefix: str) -> tuple[dict[str, float], list[str]]:
 
 def missing_ratings(pool: Pool, rater: Rater) -> list[str]:
     """Ids of the rows that `rate` would have rated; nothing is asked or changed."""
-    known, _ = _known(pool, pool.run.prefix("ratings", _identity(pool, rater)))
+    known, _ = _known(pool, pool.run.prefix("ratings", rater.identity(pool)))
     return [id_ for id_, key in _keys(pool).items() if key not in known]
-
-
-def judge_question(rater: JudgeRating, messages: Sequence[Message]) -> list[Message] | None:
-    """What a judge is asked about a row; None where there is no answer to judge."""
-    prompt, answer = before_answer(messages)
-    parts, task = {"conversation": transcript(prompt)}, _COMPLEXITY
-    if rater.aspect == "quality":
-        if answer is None:  # where every token is learned, rows need none
-            return None
-        parts["response"], task = answer, _QUALITY
-    return question_of(task, rater.criteria or _CRITERIA[rater.aspect], parts)
-
-
-def _identity(pool: Pool, rater: Rater) -> dict[str, Any]:
-    if isinstance(rater, FunctionRating):
-        return {"kind": rater.kind, **function_identity(rater.name)}
-    identity = rater.model_dump(mode="json")
-    if isinstance(rater, JudgeRating):
-        assert rater.endpoint is not None
-        identity["endpoint"] = rater.endpoint.served
-    else:
-        identity["template"] = pool.data.template
-    if isinstance(rater, PerplexityRating | DifficultyRating):
-        identity |= {"model": model_identity(pool.model), "dtype": pool.dtype}
-    if isinstance(rater, DifficultyRating):
-        identity.pop("maximum")  # what is kept is the ratio itself
-    return identity
-
-
-@contextmanager
-def _rating(pool: Pool, rater: Rater) -> Iterator[Callable[[Sequence[str]], list[Rating]]]:
-    if isinstance(rater, JudgeRating):
-        endpoint = rater.endpoint
-        assert endpoint is not None
-        with Client(endpoint) as client:
-            graded = partial(_graded, client, rater)
-            yield lambda ids: in_order(graded, [pool.data.messages(id_) for id_ in ids], endpoint.concurrency)
-    elif isinstance(rater, FunctionRating):
-        function = load_function(rater.name)
-        data = pool.data
-        yield lambda ids: _by_function(
-            function, rater.name, [{"id": id_, "messages": data.messages(id_), "row": data.row(id_)} for id_ in ids]
-        )
-    elif isinstance(rater, LengthRating):
-        yield lambda ids: list[Rating](float(np.diff(_answer(pool.data.by_id(id_)))[0]) for id_ in ids)
-    else:
-        model = host(pool.model, pool.dtype, pool.device).with_adapter(None)
-        by = _difficulties if isinstance(rater, DifficultyRating) else partial(_perplexities, prefer=rater.prefer)
-        yield lambda ids: by(model, [pool.data.by_id(id_) for id_ in ids])
 
 
 _QUALITY = (
@@ -327,14 +412,6 @@ _CRITERIA = {
     "complexity": "Judge what is asked, not how long it takes to say it.",
 }
 _FORM = r"Score: ([0-4](?:\.\d+)?|5(?:\.0+)?)"
-
-
-def _graded(client: Client, rater: JudgeRating, messages: Sequence[Message]) -> Rating:
-    asked = judge_question(rater, messages)
-    if asked is None:
-        return "there is no answer to judge"
-    found = rater.verdict(client, _FORM, asked)
-    return found.reason if isinstance(found, Unreadable) else float(found)
 
 
 def _by_function(function: Any, name: str, rows: Sequence[dict[str, Any]]) -> list[Rating]:
@@ -377,30 +454,6 @@ def _mean_over(row: int, token_ids: NDArray[np.int32], start: int) -> TokenSeque
     weights = np.zeros(len(token_ids), dtype=np.float32)
     weights[start:] = 1.0 / (len(token_ids) - start)
     return TokenSequence(row, token_ids, weights)
-
-
-def _perplexities(model: Any, examples: Sequence[TokenizedExample], prefer: str) -> list[Rating]:
-    spans = [_answer(example) for example in examples]
-    sequences = [
-        _mean_over(number, example.token_ids[:stop], max(1, start))
-        for number, (example, (start, stop)) in enumerate(zip(examples, spans, strict=True))
-    ]
-    losses = row_losses(model, sequences, len(examples)).tolist()
-    sign = 1.0 if prefer == "high" else -1.0
-    return [math.exp(min(sign * loss, 700.0)) if math.isfinite(loss) else f"the loss is {loss}" for loss in losses]
-
-
-def _difficulties(model: Any, examples: Sequence[TokenizedExample]) -> list[Rating]:
-    """IFD of each; rows 2i and 2i + 1 hold the losses with and without what precedes the answer."""
-    sequences = []
-    for number, example in enumerate(examples):
-        start, stop = _answer(example)
-        if stop - start > 1:
-            sequences.append(_mean_over(2 * number, example.token_ids[:stop], start + 1))
-            sequences.append(_mean_over(2 * number + 1, example.token_ids[start:stop], 1))
-    if not sequences:
-        return ["the answer is one token"] * len(examples)
-    return [_ratio(*pair) for pair in row_losses(model, sequences, 2 * len(examples)).view(-1, 2).tolist()]
 
 
 def _ratio(given: float, alone: float) -> Rating:

@@ -58,14 +58,7 @@ from gradsift.influence.estimator import (
 )
 from gradsift.influence.nice import PolicyEstimator, PolicyTargets, sampler_of, takes_reward
 from gradsift.influence.prompts import PromptTarget, missing_rewards
-from gradsift.influence.ratings import (
-    DifficultyRating,
-    JudgeRating,
-    PerplexityRating,
-    Rater,
-    judge_question,
-    missing_ratings,
-)
+from gradsift.influence.ratings import Rater, missing_ratings
 from gradsift.influence.rds import missing_embeddings
 from gradsift.jobs.bench import open_bench
 from gradsift.jobs.rollouts import check_rollouts
@@ -522,21 +515,18 @@ class Walk:
             return
         data = self.pool.data
         waiting = data.ids if self.kept is None else missing_ratings(self.kept, rater)
-        if isinstance(rater, JudgeRating) and rater.endpoint is not None:
-            asked = [question for id_ in waiting if (question := judge_question(rater, data.messages(id_))) is not None]
+        work = Work("ratings")
+        if rater.asks is not None:
+            asked = [question for id_ in waiting if (question := rater.question(data.messages(id_))) is not None]
             counting = _Counting(self.pool)
             for question in asked[:: max(1, len(asked) // ASKED)]:
                 counting.complete(question)
-            usage = usage_of(
-                rater.endpoint, round(len(asked) * counting.mean), len(asked) * rater.max_tokens, requests=len(asked)
-            )
-            work = Work("ratings", asked=(Asked("ratings", rater.endpoint.model, usage),), seconds=None)
-        elif isinstance(rater, PerplexityRating | DifficultyRating):
-            twice = 2 if isinstance(rater, DifficultyRating) else 1
-            tokens = float(data.lengths[data.positions(waiting)].sum()) if waiting else 0.0
-            work = Work("ratings", twice * len(waiting), forward=twice * tokens)
-        else:
-            work = Work("ratings")
+            endpoint, most = rater.asks
+            usage = usage_of(endpoint, round(len(asked) * counting.mean), len(asked) * most, requests=len(asked))
+            work = replace(work, asked=(Asked("ratings", endpoint.model, usage),), seconds=None)
+        elif rater.passes and waiting:
+            tokens = rater.passes * float(data.lengths[data.positions(waiting)].sum())
+            work = replace(work, rows=rater.passes * len(waiting), forward=tokens)
         self.add(replace(work, done=not waiting))
 
     def _embedded(self, name: str, texts: list[str], model: str) -> None:

@@ -13,7 +13,15 @@ from gradsift.base.progress import Reporter
 from gradsift.context import Pool, Target, prepared_like
 from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
-from gradsift.evaluation.arms import REST_OF_TARGET, Compare, Contender, PairwiseMetric, contenders, with_metric_judge
+from gradsift.evaluation.arms import (
+    REST_OF_TARGET,
+    Compare,
+    Contender,
+    beside_base,
+    contenders,
+    opponent_of,
+    with_metric_judge,
+)
 from gradsift.evaluation.evaluate import leaks
 from gradsift.evaluation.metric import Metric
 from gradsift.evaluation.setup import subject_of
@@ -103,9 +111,10 @@ class Grid:
 
     def opponent(self, metric: Any, cell: CellOf) -> CellOf | None:
         """The cell with this seed of the arm that a metric compares with, at its budget, this one's or the nearest."""
-        if not isinstance(metric, PairwiseMetric) or metric.opponent is None:
+        name = opponent_of(metric)
+        if name is None:
             return None
-        other = next(one for one in self.contenders if one.name == metric.opponent)
+        other = next(one for one in self.contenders if one.name == name)
         at = self.size(other)
         if other.sized:
             wanted = cell.budget if metric.budget is None else metric.budget
@@ -191,14 +200,13 @@ def open_grid(recipe: Recipe, job: Compare, reporter: Reporter) -> Grid:
         for metric in job.metrics
     )
     best_by = None if job.best_by is None else with_metric_judge(job.best_by, recipe.judge)
-    if isinstance(best_by, PairwiseMetric) and best_by.opponent is not None:
+    if opponent_of(best_by) is not None:
         raise ConfigError(
             "compare.best_by: epochs cannot be chosen by another arm's model: compare with base or answer"
         )
     job = job.model_copy(update={"metrics": metrics, "best_by": best_by})
     for metric in (*metrics, *([] if best_by is None else [best_by])):
-        met = isinstance(metric, PairwiseMetric) and metric.opponent is not None
-        (metric.model_copy(update={"against": "base"}) if met else metric).bind(subject_of(pool, None).base)
+        beside_base(metric).bind(subject_of(pool, None).base)
         warnings += leaks(pool, target, metric)
     curve = () if job.curve is None else tuple(with_metric_judge(metric, recipe.judge) for metric in job.curve.metrics)
     for metric in curve:
@@ -262,15 +270,16 @@ def _with_opponent(
     metric: Any, job: Compare, found: Sequence[Contender], budgets: Sequence[int], available: Sequence[str]
 ) -> Any:
     """The metric with the budget of the arm that it compares with as a number of examples."""
-    if not isinstance(metric, PairwiseMetric) or metric.opponent is None:
+    name = opponent_of(metric)
+    if name is None:
         return metric
-    other = next((one for one in found if one.name == metric.opponent), None)
+    other = next((one for one in found if one.name == name), None)
     if other is None:
         there = ", ".join(repr(one.name) for one in found)
-        raise ConfigError(f"compare.metrics: against is 'arm:{metric.opponent}', and there is no such arm: {there}")
+        raise ConfigError(f"compare.metrics: against is 'arm:{name}', and there is no such arm: {there}")
     if job.full_training and not other.base:
         raise ConfigError(
-            f"compare.metrics: against is 'arm:{metric.opponent}', whose whole model would have to be loaded beside "
+            f"compare.metrics: against is 'arm:{name}', whose whole model would have to be loaded beside "
             "this one: leave full_training out, or compare with the base or with answers"
         )
     if metric.budget is None:
@@ -278,7 +287,7 @@ def _with_opponent(
     count = budget_count(metric.budget, len(available))
     if not other.sized or count not in budgets:
         raise ConfigError(
-            f"compare.metrics: the budget of 'arm:{metric.opponent}' is {count}, which is none of its own: "
+            f"compare.metrics: the budget of 'arm:{name}' is {count}, which is none of its own: "
             + (f"there are {', '.join(map(str, budgets))}" if other.sized else "it takes no budget, leave it out")
         )
     return metric.model_copy(update={"budget": count})

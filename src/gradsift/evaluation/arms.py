@@ -125,6 +125,16 @@ _Metric = HeldOutLoss | Preferences | RewardMetric | LMEval | PairwiseMetric | G
 MetricSetting = Annotated[_Metric, Field(discriminator="kind")]
 
 
+def opponent_of(metric: Any) -> str | None:
+    """Name of the arm that a metric compares with, if it does."""
+    return getattr(metric, "opponent", None)
+
+
+def beside_base(metric: Any) -> Any:
+    """The metric with the base model in the place of another arm's."""
+    return metric if opponent_of(metric) is None else metric.model_copy(update={"against": "base"})
+
+
 def with_metric_judge(metric: _Metric, judge: Endpoint | None) -> _Metric:
     """The metric with the recipe's judge where it names none."""
     asked = {"reward": "judge", "pairwise": "ask", "grading": "ask"}.get(metric.kind)

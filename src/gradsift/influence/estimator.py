@@ -143,6 +143,7 @@ class Estimator(Settings):
     signed: whether a score below 0 says that training on the row does harm; else 0 is a point like any other.
     raters: what grades rows, one by one, if anything does.
     text_model: the sentence-transformers model that embeds the texts of pool and target, if one does.
+    linear: whether a score is linear in the row's stored gradient, or in its direction where `by_cosine`.
     splits: whether its scores are inner products of gradients, or cosines, which add up over pairs of tokens.
     by_cosine: whether rows and directions are taken to unit length.
     needs_projection: whether it holds matrices of all dimensions of its rows, which unprojected ones have too many of.
@@ -161,6 +162,7 @@ class Estimator(Settings):
     signed: ClassVar[bool] = False
     raters: ClassVar[tuple[Any, ...]] = ()
     text_model: ClassVar[str | None] = None
+    linear: ClassVar[bool] = False
     splits: ClassVar[bool] = False
     by_cosine: ClassVar[bool] = False
     needs_projection: ClassVar[bool] = False
@@ -316,6 +318,7 @@ class ProductEstimator(Estimator):
     """Ranks by inner products of the pool's stored rows with one direction for each target, summed over checkpoints."""
 
     signed: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     @property
     def by_cosine(self) -> bool:  # type: ignore[override]

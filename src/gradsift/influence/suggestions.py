@@ -14,7 +14,6 @@ from gradsift.data.columns import add_columns
 from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.data.shown import row_example
-from gradsift.influence.estimator import ProductEstimator
 from gradsift.influence.scores import Scores, score
 from gradsift.influence.shown import score_texts
 from gradsift.report import text
@@ -131,7 +130,7 @@ def _turned(
     pool, method = scores.pool, scores.method
     assert pool is not None, scores
     assert isinstance(pool.data, Pairs), pool.data
-    if isinstance(method, ProductEstimator) and method.view != "adam":
+    if method.linear and method.view != "adam":
         if method.by_cosine or not pool.data.by_dpo:
             return -own
         if len(read) == 1 and margins is not None:

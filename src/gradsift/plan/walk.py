@@ -22,7 +22,7 @@ from gradsift.compare.grid import CellOf, Grid, Key, open_grid
 from gradsift.context import Pool, Target
 from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
-from gradsift.evaluation.arms import Contender, PairwiseMetric
+from gradsift.evaluation.arms import Contender, beside_base, opponent_of
 from gradsift.evaluation.evaluate import evaluation_config
 from gradsift.evaluation.metric import ASKED, Judging, Needs
 from gradsift.evaluation.setup import Trained, subject_of
@@ -755,9 +755,8 @@ class _Cells:
 
     def _needs(self, metric: Any) -> tuple[Any, Needs | None]:
         if id(metric) not in self._asked:
-            # Another arm's responses are those of its own cell.
-            arm = isinstance(metric, PairwiseMetric) and metric.opponent is not None
-            bound = (metric.model_copy(update={"against": "base"}) if arm else metric).bind(self._base)
+            arm = opponent_of(metric) is not None  # whose responses are those of its own cell
+            bound = beside_base(metric).bind(self._base)
             asked: Callable[[Any], Needs] | None = getattr(bound, "needs", None)
             needs = None if asked is None else asked(self._base)
             self._asked[id(metric)] = bound, replace(needs, both=False) if arm and needs is not None else needs

@@ -175,3 +175,19 @@ def test_half_a_character_in_another_column_is_kept_as_an_escape(chat: ChatForma
     data = prepare(Run(tmp_path / "run"), [row], chat, reporter=silent())
     assert data.row("a") == row
     assert np.array_equal(data.lengths, [len(data[0].token_ids)])
+
+
+def test_columns_that_read_other_labels_make_another_data_set(chat: ChatFormat, tmp_path: Path) -> None:
+    """The same texts with other weights, or other turns that are learned, are not what was read before."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    row = {"id": "a", "messages": turns, "all": [turns[0] | {"train": True}, turns[1]], "w": 0.5}
+    run = Run(tmp_path / "run")
+    plain, weighted, every = (
+        prepare(run, [row], chat, columns=columns, reporter=silent())
+        for columns in (None, {"weight": "w"}, {"messages": "all"})
+    )
+    assert not plain.weighted
+    assert weighted[0].weights is not None
+    assert weighted[0].weights.max() == 0.5
+    assert every.supervised_tokens[0] > plain.supervised_tokens[0]
+    assert prepare(run, [row], chat, columns={"id": "id"}, reporter=silent()).fingerprint == plain.fingerprint

@@ -130,7 +130,9 @@ def test_strata_are_the_aggregation() -> None:
     labels, live = ["a", "b", "a", "c", "b", "b"], [True, False, True, True, True, False]
     silent = [name != "c" for name in labels]
     for aggregation in ("max_of_means", "mean"):
-        for subtasks, speaking in ((labels, None), (None, None), (labels, live), (labels, silent)):
+        for subtasks, speaking in (
+            (labels, None), (None, None), (labels, live), (labels, silent), (labels, [False] * 6)
+        ):  # fmt: skip
             strata = strata_of(6, subtasks, aggregation, speaking)  # type: ignore[arg-type]
             wanted = aggregated(scores, subtasks, aggregation, speaking)  # type: ignore[arg-type]
             assert np.allclose(ranked(torch.from_numpy(scores).double(), strata), wanted, atol=1e-6)

@@ -67,8 +67,9 @@ def prepare(
     """
     require_answer = answer is not None or chat.supervise != "all_tokens"
     reading = ExampleReader(source, columns=columns, what=what, require_answer=require_answer, answer=answer)
+    named = bool(Columns.of(columns).model_dump(exclude={"id"}, exclude_none=True))
     with _Rows(str(run.folder) if run.folder.is_dir() else None) as rows:
-        rows.read(reporter.counted(f"reading the {what}", reading), chat, keep_duplicates=keep_duplicates)
+        rows.read(reporter.counted(f"reading the {what}", reading), chat, keep_duplicates=keep_duplicates, named=named)
         config = {"content": rows.content, "skipped": rows.left_out, "template": chat.fingerprint}
         told = {"description": reading.description, "announcement": chat.announcement, "settings": chat.settings}
         if check is not None:
@@ -110,7 +111,10 @@ class _Rows(ExitStack):
         self._skipped, self._duplicates, self._unusable, self._parts = (self._file() for _ in range(4))
         self.content, self.left_out, self.count = "", "", 0
 
-    def read(self, reading: Iterable[Example | Skipped], chat: ChatFormat, *, keep_duplicates: bool) -> None:
+    def read(
+        self, reading: Iterable[Example | Skipped], chat: ChatFormat, *, keep_duplicates: bool, named: bool
+    ) -> None:
+        """With columns that were `named`, a row of the same messages may have other flags, weights and tools."""
         content, known = hashlib.sha256(), Duplicates()
         for one in _in_chunks(reading, chat):
             if isinstance(one, Skipped):
@@ -126,6 +130,9 @@ class _Rows(ExitStack):
             content.update(f"[{id_}, {messages}, {json.dumps(row)}]".encode())
             _add(self._lines, f'{{"id":{id_},"messages":{messages},{options}"row":{row}}}')
             flags = [flag and [flag.learn, flag.weight] for flag in one.flags]
+            asked = one.prompt if chat.supervise == "trl" else 0
+            if named and (flags or one.options or one.weight != 1 or asked):
+                content.update(json.dumps([flags, one.options, one.weight, asked]).encode())
             unused = [[skip.reason, skip.detail, skip.part] for skip in one.unused]
             beside = [one.source, one.line, one.token_ids, one.weight, one.prompt]
             rest = json.dumps([digest, one.options, flags, unused, *beside])

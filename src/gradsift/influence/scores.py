@@ -250,13 +250,13 @@ def aggregated(
 ) -> NDArray[np.float32]:
     """One score per pool example from `[pool target]`, higher = helps.
 
-    A subtask without any `live` target is left out of the maximum, and of the round.
+    A subtask without any `live` target is left out of the maximum, and of the round, unless all are.
     """
     tensor = torch.from_numpy(matrix)
     if aggregation == "mean" or not (subtasks or aggregation == "round_robin"):
         return mean_over_targets(tensor).numpy()
     labels = subtasks or range(tensor.shape[1])
-    speaking = _speaking(labels, live) or set(labels)
+    speaking = _speaking(labels, live)
     kept = [number for number, name in enumerate(labels) if name in speaking]
     parts = tensor[:, kept], [labels[number] for number in kept]
     if aggregation == "round_robin":
@@ -281,8 +281,9 @@ def _winning(draws: NDArray[np.float32], strata: Strata) -> NDArray[np.float64]:
 
 
 def _speaking(subtasks: Sequence[Hashable], live: Sequence[bool] | None) -> set[Hashable]:
-    """The subtasks that the maximum is over, and that take turns."""
-    return set(subtasks) if live is None else {name for name, own in zip(subtasks, live, strict=True) if own}
+    """The subtasks that the maximum is over, and that take turns: all where none has a live target."""
+    found = set() if live is None else {name for name, own in zip(subtasks, live, strict=True) if own}
+    return found or set(subtasks)
 
 
 def strata_of(

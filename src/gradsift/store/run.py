@@ -113,7 +113,8 @@ def _pool_differences(kept: Mapping[str, Any] | None, made: Mapping[str, Any] | 
     if not found and before.get("template") != now["template"]:
         found = ["its pool was written by another chat template, or read with another max_length or supervise"]
     if before.get("content") != now["content"] or before.get("skipped") != now["skipped"]:
-        found.append(f"its pool is {kept.get('description')}, wanted {made['description']}, whose rows are others")
+        others = "whose rows are others, or read by other columns"
+        found.append(f"its pool is {kept.get('description')}, wanted {made['description']}, {others}")
     return found or ["its pool was read by another version of gradsift"]
 
 

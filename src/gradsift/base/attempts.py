@@ -10,7 +10,7 @@ from gradsift.base.errors import GradsiftError, LockedError, StorageError
 from gradsift.base.interruption import refuse_to_go_on
 
 # What a part may fail with while the others go on; a full disk or a lost folder ends the job.
-_OF_A_PART = (GradsiftError, RuntimeError, MemoryError)
+_OF_A_PART = (GradsiftError, RuntimeError, MemoryError, ValueError, IndexError)
 _FATAL = (StorageError, LockedError)
 _Result = TypeVar("_Result")
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.errors import DataError, GradsiftError
+from gradsift.base.interruption import refuse_to_go_on
 from gradsift.compare.grid import Grid, Key
 from gradsift.data.dataset import Dataset
 from gradsift.data.shown import excerpt, shares_table
@@ -122,6 +123,7 @@ def _map(grid: Grid, sets: Rows, counted: Counted) -> tuple[list[Block], list[st
     try:
         found = kept_embeddings(pool.run, [conversation_text(own) for own in conversations], model, pool.device)
     except GradsiftError as error:
+        refuse_to_go_on(error)
         return [], [f"no map of embeddings: {error}"]
     place = {row: number for number, row in enumerate(rows)}
     examples = []

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from gradsift.base.errors import ConfigError, CorruptError, GradsiftError, LockedError, StorageError
-from gradsift.base.interruption import refuse_to_go_on
+from gradsift.base.attempts import Stopped, attempted
+from gradsift.base.errors import ConfigError, CorruptError, StorageError
 from gradsift.base.settings import Settings
 from gradsift.context import Pool, Setup, Target
 from gradsift.data.load import load_examples
@@ -171,14 +171,11 @@ def _task(subject: Subject, metric: Metric) -> _Task:
 
 def _attempt(place: Setup, metric: Metric, step: Callable[[], Any]) -> Any:
     """What the step returns, or the metric with the error that stopped it."""
-    try:
-        return step()
-    except (StorageError, LockedError):
-        raise
-    except GradsiftError as error:
-        refuse_to_go_on(error)
-        place.reporter.warn(f"{metric.label}: {error}")
-        return Measured(metric.label, metric.kind, (), settings=settings_of(metric), error=str(error))
+    found = attempted("evaluate", step)
+    if not isinstance(found, Stopped):
+        return found
+    place.reporter.warn(f"{metric.label}: {found.error}")
+    return Measured(metric.label, metric.kind, (), settings=settings_of(metric), error=found.error)
 
 
 def _load(subject: Subject) -> None:

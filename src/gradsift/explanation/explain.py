@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
@@ -14,7 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftError
+from gradsift.base.attempts import Stopped, attempted
+from gradsift.base.errors import ConfigError, CorruptError, DataError
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks
 from gradsift.base.strings import Strings
@@ -254,12 +255,12 @@ class Explanations(Shown):
                 self._measure({output.id: self._compared(output.id) for output in missing})
             with self.pool.reporter.stage("choosing examples", len(missing), "outputs") as advance:
                 for output in missing:
-                    try:
-                        entry = self._explain(output)
+                    entry = attempted("explain", partial(self._explain, output))
+                    if isinstance(entry, Stopped):
+                        failed.append(Skipped(output.id, "not_explained", entry.error))
+                    else:
                         self.pool.run.publish_json(keys[output.id], entry.as_dict(), sealed=True)
                         done[output.id] = entry
-                    except GradsiftError as error:
-                        failed.append(Skipped(output.id, "not_explained", str(error)))
                     advance(1)
         return [found for output in usable if (found := done[output.id]) is not None]
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradsift.base.errors import GradsiftError
+from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.ranks import descending_ranks, jaccard
 from gradsift.base.strings import Strings
@@ -457,6 +458,7 @@ def _embedded(pool: Pool, texts: Sequence[str], model: str | None, lacking: list
     except GradsiftError as error:
         if model != embeddings.DEFAULT:
             raise
+        refuse_to_go_on(error)
         lacking.append(f"no map of meanings: {error}")
         return None
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradsift.base.errors import ConfigError, DataError, GradsiftError
+from gradsift.base.interruption import refuse_to_go_on
 from gradsift.base.progress import Reporter, silent
 from gradsift.base.types import Example, before_answer
 from gradsift.context import Pool, Target, open_pool, open_target
@@ -203,6 +204,7 @@ def explain_prompts(
             try:
                 explain_into(result)
             except GradsiftError as error:
+                refuse_to_go_on(error)
                 yield prompt, error
             else:
                 yield prompt, result

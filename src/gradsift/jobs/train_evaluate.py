@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from gradsift.base.errors import ConfigError, DataError, GradsiftError, LockedError, StorageError
+from gradsift.base.attempts import Stopped, attempted
+from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.inputs import read_input
 from gradsift.base.progress import Reporter
 from gradsift.context import Setup
@@ -93,12 +95,9 @@ def run_evaluate(
     failures: list[str] = []
     with place.run.lock():
         for subject in subjects:
-            try:
-                evaluation = evaluate(place, subject, metrics)
-            except (StorageError, LockedError):
-                raise
-            except GradsiftError as error:  # of this adapter: the others go on
-                failures.append(str(error))
+            evaluation = attempted("evaluate", partial(evaluate, place, subject, metrics))
+            if isinstance(evaluation, Stopped):  # of this adapter: the others go on
+                failures.append(evaluation.error)
                 continue
             found.append(evaluation)
             failures += [f"{evaluation.name}: {result.metric}: {result.error}" for result in evaluation.failed]

@@ -14,16 +14,17 @@ folder.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, Literal
 
 import numpy as np
 
-from gradsift.base.errors import ConfigError, CorruptError, DataError, GradsiftError
+from gradsift.base.attempts import Stopped, attempted
+from gradsift.base.errors import ConfigError, CorruptError, DataError
 from gradsift.base.lazy import Tensor
 from gradsift.base.types import Skipped, TokenizedExample
 from gradsift.context import Pool
@@ -65,7 +66,6 @@ Answers = (
     TokenizedExample | tuple[TokenizedExample, ...]
 )  # an output, or with the answer in contrast to which it stands
 _PRECISION = ("float64", "float32", "float16", "bfloat16")  # stored rows, best first
-_CELL_ERRORS = (GradsiftError, RuntimeError, ValueError, IndexError)  # what one cell may raise, out of memory included
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +235,11 @@ def validate(
     with pool.reporter.stage("training on selections", len(wanted), "cells") as advance:
         for number in order:
             cell = wanted[number]
-            try:
-                if cell.output not in by_id:
-                    raise DataError(f"there is no output {cell.output!r}")
-                bench.turn_to(by_id[cell.output])
-                results[number] = bench.validated(cell)
-            except _CELL_ERRORS as error:
-                failed.append(Skipped(cell.output, "not_validated", f"{cell.label}: {error}"))
+            found = attempted("validate", partial(bench.validated, cell, by_id))
+            if isinstance(found, Stopped):
+                failed.append(Skipped(cell.output, "not_validated", f"{cell.label}: {found.error}"))
+            else:
+                results[number] = found
             bench.save()
             advance(1)
     if not results:
@@ -251,9 +249,9 @@ def validate(
     by_estimator = {
         name: _agreement([entry for entry in done if entry.cell.key.estimator == name]) for name in estimators
     }
-    found = Validation(done, tuple(failed), _agreement(done), by_estimator, bench.route, settings)
-    pool.run.publish_json("validation.json", found.as_dict())
-    return found
+    validation = Validation(done, tuple(failed), _agreement(done), by_estimator, bench.route, settings)
+    pool.run.publish_json("validation.json", validation.as_dict())
+    return validation
 
 
 def validate_explanations(
@@ -377,12 +375,11 @@ def sanity_check(
     entries = list(_by_id(outputs).values())
     with pool.reporter.stage("training on outputs themselves", len(entries), "outputs") as advance:
         for output in entries:
-            try:
-                bench.turn_to(output)
-                itself = bench.effect_of_itself()
-                pairs += [(output[0].id, itself, bench.effect(ids)) for ids in bench.random_sets(1)]
-            except _CELL_ERRORS as error:
-                failed.append(Skipped(output[0].id, "not_validated", str(error)))
+            found = attempted("validate", partial(bench.beside_itself, output))
+            if isinstance(found, Stopped):
+                failed.append(Skipped(output[0].id, "not_validated", found.error))
+            else:
+                pairs += found
             bench.save()
             advance(1)
     if not pairs:
@@ -514,7 +511,10 @@ class _Bench:
         self.pool.run.publish_json(self._file, content, sealed=True)
         self._changed = False
 
-    def validated(self, cell: Cell) -> Validated:
+    def validated(self, cell: Cell, outputs: Mapping[str, tuple[TokenizedExample, ...]]) -> Validated:
+        if cell.output not in outputs:
+            raise DataError(f"there is no output {cell.output!r}")
+        self.turn_to(outputs[cell.output])
         if len(set(cell.selected)) != cell.key.k or len(cell.selected) != cell.key.k:
             raise DataError(f"the selection holds {len(set(cell.selected))} different ids, but k is {cell.key.k}")
         if not cell.relevance > 0:
@@ -541,6 +541,12 @@ class _Bench:
     def effect_of_itself(self) -> Effect:
         """Of the step on the current output, taken for real; away from the other answer, where there is one."""
         return self._effect("itself", lambda: self.model.trained_on(self._answers[:1], self._answers[1:]))
+
+    def beside_itself(self, output: tuple[TokenizedExample, ...]) -> list[tuple[str, Effect, Effect]]:
+        """The output's id with the effects of steps on itself and on each of some random examples."""
+        self.turn_to(output)
+        itself = self.effect_of_itself()
+        return [(output[0].id, itself, self.effect(ids)) for ids in self.random_sets(1)]
 
     def _effect(self, name: str, step: Callable[[], AbstractContextManager[None]]) -> Effect:
         if name not in self._effects:

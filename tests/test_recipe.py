@@ -125,6 +125,25 @@ def test_names_of_options_take_the_place_of_fields() -> None:
         validated({**NEEDED, "budget": 0})
 
 
+@pytest.mark.parametrize(
+    ("field", "wrong", "told"),
+    [
+        ("warmup", {"betas": [0.9, 1.0]}, "warmup.betas.1 is 1.0: it should be less than 1"),
+        ("gradients", {"adam": {"betas": [-0.1, 0.9]}}, "adam.betas.0 is -0.1: it should be greater than or"),
+        ("gradients", {"adam": {"eps": -1e-8}}, "gradients.adam.eps is -1e-08: it should be greater than"),
+        ("explain", {"validation": {"step": {"betas": [2, 0.9]}}}, "explain.validation.step.betas.0 is 2: it should"),
+        ("estimator", {"kind": "bm25", "b": 2}, "estimator.b is 2: it should be less than or equal to 1"),
+        ("bench", {"seeds": []}, "no seed: give at least one"),
+        ("bench", {"seeds": [1, 1]}, "seed 1 is named 2 times"),
+        ("compare", {"metrics": [{"kind": "reward", "data": "d", "pass_at": [0]}]}, "pass_at.0 is 0: it should be"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_computation_takes_are_refused_before_any(field: str, wrong: object, told: str) -> None:
+    """Decay rates of 1, no or repeated seeds and the like end nothing halfway: the recipe says what is wrong."""
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        validated({**NEEDED, field: wrong})
+
+
 def test_explain_accepts_every_coefficient_model() -> None:
     """The recipe's names for coefficient models are those that the function takes."""
     import torch

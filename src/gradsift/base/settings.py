@@ -29,6 +29,8 @@ def _seed(given: int) -> int:
 _OF_SEED = AfterValidator(_seed)
 Seed = Annotated[int, _OF_SEED]
 
+Beta = Annotated[float, Field(ge=0, lt=1)]  # how much of a moment Adam keeps from step to step
+
 
 class Settings(BaseModel):
     """A frozen value whose fields are the whole configuration; unknown fields are refused.

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from gradsift.base.errors import ConfigError
 from gradsift.base.settings import Budget, Settings, models_in, over_preset
 from gradsift.data.load import Columns
-from gradsift.evaluation.fine_tune import Keep, check_seeds
+from gradsift.evaluation.fine_tune import Keep, Seeds
 from gradsift.evaluation.grading import Grading
 from gradsift.evaluation.harness import LMEval
 from gradsift.evaluation.loss import HeldOutLoss
@@ -198,7 +198,7 @@ class Arm(Settings):
     columns: Columns = Columns()
     full: bool = False
     base: bool = False
-    seeds: tuple[int, ...] | None = None
+    seeds: Seeds | None = None
     training: Annotated[Training | None, BeforeValidator(_training)] = None
 
     @model_validator(mode="after")
@@ -210,10 +210,8 @@ class Arm(Settings):
                 "(which chooses from the pool), data (a ready file), full: true (the whole pool) and base: true (the "
                 "model before training)"
             )
-        if self.seeds is not None:
-            check_seeds(self.seeds)
-            if self.base:
-                raise ValueError("base: true is measured once: seeds do not go with it")
+        if self.base and self.seeds is not None:
+            raise ValueError("base: true is measured once: seeds do not go with it")
         if self.base and self.training is not None:
             raise ValueError("base: true is the model before training: training does not go with it")
         if not self.estimator and self.selection != (TopK(),):
@@ -246,7 +244,7 @@ class Compare(Settings):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     arms: tuple[Arm, ...] = ()
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     budgets: tuple[Budget, ...] = ()
     training: Annotated[Training, BeforeValidator(_training)] = Training()
     full_training: bool = False
@@ -276,7 +274,6 @@ class Compare(Settings):
 
     @model_validator(mode="after")
     def _complete(self) -> Compare:
-        check_seeds(self.seeds)
         if len(set(self.budgets)) < len(self.budgets):
             twice = next(budget for budget in self.budgets if self.budgets.count(budget) > 1)
             raise ConfigError(f"compare.budgets names {twice:g} twice: name each budget once")

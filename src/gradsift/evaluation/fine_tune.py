@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
 
 from gradsift.base.errors import ConfigError, GradsiftError
 from gradsift.base.settings import MAX_SEED
@@ -87,6 +89,9 @@ def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     if wrong:
         raise ConfigError(f"seed is {wrong[0]}: it must be a whole number from 0 to {MAX_SEED}")
     return tuple(seeds)
+
+
+Seeds = Annotated[tuple[int, ...], AfterValidator(check_seeds)]
 
 
 def _examples(pool: Pool, data: Selection | Dataset | Iterable[str] | None) -> tuple[Dataset, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, PositiveInt
 
 from gradsift.base.settings import Settings
 from gradsift.base.types import Prompt
@@ -52,7 +52,7 @@ class MeanReward(Settings):
     weights: tuple[float, ...] | None = None
     judge: Any = Field(default=None, repr=False)
     sampling: Sampling = GREEDY
-    pass_at: tuple[int, ...] = (1, 10, 100)
+    pass_at: tuple[PositiveInt, ...] = (1, 10, 100)
     columns: Columns = Columns()
 
     @property

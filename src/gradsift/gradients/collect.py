@@ -13,12 +13,13 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple, Protocol
 
 import psutil
+from pydantic import Field
 
 from gradsift.base.errors import ConfigError, CorruptError, DataError, MismatchError
 from gradsift.base.interruption import keep_note, pressed
 from gradsift.base.lazy import Tensor, torch
 from gradsift.base.progress import Advance, Reporter, silent, untold
-from gradsift.base.settings import Settings
+from gradsift.base.settings import Beta, Settings
 from gradsift.base.sums import row_norms
 from gradsift.base.types import Sequence
 from gradsift.data.pairs import Pairs
@@ -60,8 +61,8 @@ class Adam(Settings):
     bias_correction: as AdamW has it; off in LESS's code.
     """
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, ge=0)
     eps_placement: EpsPlacement = "outside"
     bias_correction: bool = False
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from gradsift.base.types import TEXT, said
 from gradsift.context import Pool, Target
@@ -33,8 +34,8 @@ class BM25(Estimator):
     takes: ClassVar[Literal["labels", "texts", "reward"]] = "texts"
 
     kind: Literal["bm25"] = "bm25"
-    k1: float = 1.5
-    b: float = 0.75
+    k1: float = Field(default=1.5, ge=0)
+    b: float = Field(default=0.75, ge=0, le=1)
     tokens: Literal["words", "model"] = "words"
     reading: Reading = "okapi"
 

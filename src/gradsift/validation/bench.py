@@ -22,15 +22,15 @@ from gradsift.base.ranks import column_ranks, paired_rank_correlations
 from gradsift.base.resampling import Estimate, bootstrap, estimate_of
 from gradsift.base.settings import Budget, Settings
 from gradsift.context import Pool, Target
+from gradsift.data.dataset import Dataset
 from gradsift.data.load import Columns
 from gradsift.data.pairs import Pairs, joined_like
 from gradsift.evaluation.arms import expanded
 from gradsift.evaluation.evaluate import leaks, measure
-from gradsift.evaluation.fine_tune import train_on
+from gradsift.evaluation.fine_tune import Seeds, train_on
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.setup import subject_of
 from gradsift.execution.engine import LOCAL
-from gradsift.gradients.collect import SequenceSource
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.estimator import (
     Estimator,
@@ -118,7 +118,7 @@ class Bench(Settings):
     test: str | None = None
     test_columns: Columns = Columns()
     budgets: tuple[Budget, ...] = Field(default=(0.1,), min_length=1)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     copies: int = Field(default=20, ge=1)
     smooth: bool = False
 
@@ -603,7 +603,7 @@ class Judgement:
                 found += sum(map(bool, map(losses.count, names)))
         return found
 
-    def _kept_losses(self, seed: int, kept: NDArray[np.float64]) -> tuple[Replay, SequenceSource, Losses, list[str]]:
+    def _kept_losses(self, seed: int, kept: NDArray[np.float64]) -> tuple[Replay, Dataset, Losses, list[str]]:
         """Of trainings with these weights of the rows: their replay, the targets, what is kept of them, and names."""
         source, ids = self.target.labels, self.pool.data.ids
         assert source is not None
@@ -803,7 +803,7 @@ class _Retraining:
     """The task of a training in which rows have weights `[row]`, and the targets' losses after it."""
 
     replay: Replay
-    source: SequenceSource
+    source: Dataset
     weights: NDArray[np.float64]
 
     def work(self, advance: Advance) -> list[float]:
@@ -812,8 +812,7 @@ class _Retraining:
         with self.replay.network() as network:
             end = self.replay.end_with(network, torch.from_numpy(self.weights))
             sequences = training_sequences(self.source)
-            dpo = self.source.dpo(range(count)) if isinstance(self.source, Pairs) else None
-            return [float(one) for one in network.losses(end, sequences, count, dpo)]
+            return [float(one) for one in network.losses(end, sequences, count, self.source.dpo(range(count)))]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pydantic import Field
 from gradsift.base.checks import float_array, same_size, to_float64
 from gradsift.base.errors import ConfigError, DataError, MismatchError, ModelError
 from gradsift.base.lazy import Tensor, nn, torch
-from gradsift.base.settings import Seed, Settings
+from gradsift.base.settings import Beta, Seed, Settings
 from gradsift.base.types import Sequence, TokenizedExample
 from gradsift.data.pairs import Pairs
 from gradsift.gradients.folding import Captured
@@ -45,7 +45,7 @@ class OneStep(Settings):
     """
 
     lr: float = Field(default=1e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     random_sets: int = Field(default=5, ge=1)

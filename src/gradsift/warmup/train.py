@@ -20,7 +20,7 @@ from pydantic import Field
 from gradsift.base.errors import ConfigError, DataError
 from gradsift.base.memory import empty_device_cache, give_back_memory
 from gradsift.base.progress import Reporter, silent
-from gradsift.base.settings import MAX_SEED, Settings
+from gradsift.base.settings import MAX_SEED, Beta, Settings
 from gradsift.data.dataset import Dataset
 from gradsift.data.pairs import Pairs
 from gradsift.model.models import DtypeName, host, model_identity
@@ -73,7 +73,7 @@ class Training(Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
     batch_size: int = Field(default=128, ge=1)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
 
     @classmethod

@@ -58,7 +58,7 @@ class Tsds(Published):
             "draws with replacement",
             "without, so that a budget of n are n examples",
             f"of 24 draws theirs holds {distinct:.1f} different examples in expectation (α 0.9), ours 24",
-            "`TSDS(with_replacement=True)`",
+            "`tsds(with_replacement=True)`",
         )
         (case,) = self._cases(few=False)
         found, wanted = self._both(case)

@@ -22,7 +22,7 @@ MOST_STROKES = 300
 MAP_WIDTH, MAP_EDGE = 1000, 50
 
 _LETTER = 6.6  # width of a digit of a tick's text
-_LEFT, _RIGHT = 52.0, 352.0
+_WIDTH, _LEFT, _RIGHT = 360, 52.0, 352.0
 
 
 def bar(drawn: Bar) -> Markup:
@@ -55,12 +55,12 @@ def bar(drawn: Bar) -> Markup:
     ).format(drawn.tone, Markup("").join(parts))
 
 
-def _ticks(ticks: Sequence[tuple[float, str]], y: float, width: float) -> list[Markup]:
+def _ticks(ticks: Sequence[tuple[float, str]], y: float) -> list[Markup]:
     """Texts along x; those that would run into the one before are left out."""
     parts, free = [], -math.inf
     for place, text in ticks:
         half = _LETTER * len(text) / 2
-        x = min(max(place, half), width - half)
+        x = min(max(place, half), _WIDTH - half)
         if x - half >= free:
             parts.append(draw_text(x, y, text, "middle"))
             free = x + half + 6
@@ -92,7 +92,7 @@ def chart(drawn: Chart) -> Markup:
     def up(y: float) -> float:
         return base - (base - top) * (y - y_low) / (y_high - y_low)
 
-    parts = [open_drawing(360, drawn.height, drawn.title)]
+    parts = [open_drawing(drawn.height, drawn.title)]
     if drawn.up:
         parts.append(draw_text(2, 12, drawn.up, "start"))
     for mark, text in round_ticks(y_low, y_high, 4):
@@ -112,7 +112,7 @@ def chart(drawn: Chart) -> Markup:
     else:
         parts += [draw_line("rug", along(x), base + 3, along(x), base + 12) for x in bars.rug]
     parts += [
-        *_ticks(ticks, drawn.height - 25, 360),
+        *_ticks(ticks, drawn.height - 25),
         draw_text((_LEFT + _RIGHT) / 2, drawn.height - 5, drawn.axis, "middle"),
     ]
     for line, points in kept:
@@ -236,11 +236,11 @@ def thinned(values: NDArray[np.float64]) -> NDArray[np.float64]:
 # --- marks ---------------------------------------------------------------------------------------------------------
 
 
-def open_drawing(width: float, height: float, title: str) -> Markup:
-    """The beginning of a chart of this size; `title` is read out for it."""
+def open_drawing(height: float, title: str) -> Markup:
+    """The beginning of a chart of this height; `title` is read out for it."""
     # Charts with text of their own are images to a screen reader: the title stands for all of it.
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-        int(width), int(height), clean(title)
+        _WIDTH, int(height), clean(title)
     )
 
 

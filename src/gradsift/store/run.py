@@ -1,4 +1,4 @@
-"""A run is a folder. This module alone knows the names in it.
+"""A run is a folder, with these names in it.
 
 ::
 
@@ -19,6 +19,7 @@
       curvature/<fingerprint>/  the Hessian of a target's loss, times the sum of a pool
       kronecker/<fingerprint>/  a model's curvature in Kronecker factors, and targets through its inverse
       replays/<fingerprint>/    a training step by step, to go back through, and what was found on the way
+      descents/<fingerprint>/   the rounds of metagradient descent
       contrasts/<fingerprint>/  how much likelier a model finds the rejected answers of preference pairs
       outputs/<fingerprint>/    what the model answered to prompts that were to be explained
       products/<fingerprint>/   inner products of an output's whole gradient and its candidates'
@@ -27,11 +28,12 @@
       validation/<fingerprint>/ effects of training steps on selections
       evaluations/<fingerprint>/    figures of one metric for one model, and verdicts that were paid for
       times/<fingerprint>.json  what the stages of comparisons took
+      bench/                    what the scores of judged methods cost, and which benchmarks have ended
       scores.parquet selected.jsonl skipped.jsonl explanations.jsonl explanations.parquet relevance.json validation.json
       dropped.jsonl suggestions.jsonl responses.jsonl rewards.json diagnostics.json training.json evaluation.json
-      mixture.json
+      mixture.json bench.json bench.html
       comparison.json comparison.parquet comparison.html   (comparison.page.json: what the page is made from)
-      report.html explanation.html summary.json   the latest results
+      report.html report.json explanation.html relevance.html summary.json   the latest results
 
 Artifacts are addressed by the fingerprint of everything they depend on, the revision of their computation included, so
 equal requests find them again and different requests never meet.

@@ -296,7 +296,7 @@ def _told(rounds: Sequence[Round], best: Round, groups: NDArray[np.int64]) -> tu
     for number, (one, (loss, held_out)) in enumerate(zip(rounds, written, strict=True), 1):
         others = len(set(one.chosen) - set(rounds[0].chosen))
         gain = "" if number == 1 else "{:.4f} ± {:.4f}".format(*gain_of(rounds[0], one, groups)[:2]).replace("-", "−")
-        shown = Cell(held_out, "kept", "best", tone="best") if one is best else held_out
+        shown = Cell(held_out, tag="kept", tone="best") if one is best else held_out
         rows.append(Row((str(number), str(others), loss, shown, gain)))
     heads = (
         Column("round", numeric=True),

@@ -14,6 +14,7 @@ from gradsift.base.errors import DataError
 from gradsift.base.types import Skipped, TokenizedExample, said
 from gradsift.data.chat import ChatFormat
 from gradsift.data.load import load_examples
+from gradsift.data.prompts import read_prompts
 from gradsift.generation.endpoint import _as_sent
 from templates import CHATML, LLAMA_3, SPECIAL, TOOL_CHATML, TOOL_MISTRAL, bytes_tokenizer
 
@@ -237,3 +238,11 @@ class TestRefused:
         found = read(ChatFormat(bytes_tokenizer(LLAMA_3)), {"messages": [ASKED, {**ANSWER, "thinking": "Hm."}]})
         assert isinstance(found, TokenizedExample)
         assert [one.part for one in found.unshown] == ["reasoning not shown by the template"]
+
+
+def test_tools_of_named_columns_make_another_set_of_prompts(chatml: ChatFormat) -> None:
+    """The same rows with and without tools are two sets, and a row whose names are texts and numbers is one row."""
+    rows = [{"prompt": "a", "own": [TOOL], 3: "x"}]
+    bare, tooled = (read_prompts(rows, chatml, columns=columns) for columns in (None, {"tools": "own"}))
+    assert bare.fingerprint == read_prompts(rows, chatml).fingerprint != tooled.fingerprint
+    assert len(bare.prompt_ids[0]) < len(tooled.prompt_ids[0])

@@ -59,10 +59,10 @@ class Prompts(Rows):
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
-        """Of the rows with all their columns, which a reward may read."""
+        """Of the rows with all their columns, which a reward may read, and of what else their template is given."""
         digest = hashlib.sha256()
         for example in self.examples:
-            row = f"{example.id}\n{row_digest(list(example.messages))}{row_digest(example.row)}"
+            row = f"{example.id}\n{row_digest(list(example.messages))}{row_digest(example.row)}{example.options}"
             digest.update(row.encode())
         return digest.hexdigest()[:16]
 
@@ -145,4 +145,5 @@ def answered(example: Example) -> bool:
 def row_digest(value: Any) -> str:
     """A hash of any row: rows may hold what JSON does not know."""
     plain = dict(value) if isinstance(value, Mapping) else value
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    written = json.loads(json.dumps(plain, default=str))  # names that are numbers have no order beside texts
+    return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]

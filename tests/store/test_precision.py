@@ -66,7 +66,6 @@ def test_the_error_is_that_of_every_pair_of_every_shard() -> None:
     assert error.rms == pytest.approx(rms(first[1] + second[1]), rel=1e-6)
     assert error.to_plain.rms == pytest.approx(rms(first[2] + second[2]), rel=1e-6)
     assert (error.pairs, error.to_plain.pairs, error.rows) == (15 + 3, 30 + 6, 9)
-    assert error.effective_dim == pytest.approx(1 / error.rms**2)
     assert MeasuredError.of_dict(json.loads(json.dumps(error.as_dict()))) == error
     assert f"{error.rms:.3g}" in str(error)
     assert f"with targets' by {error.to_plain.rms:.3g}" in str(error)
@@ -104,12 +103,11 @@ def test_its_uncertainty_is_about_right() -> None:
 
 
 def test_rows_stored_as_they_are_have_no_error() -> None:
-    """Nothing is lost, nothing is measured, and the effective dimension has no bound."""
+    """Nothing is lost, and nothing is measured."""
     original = rows(0)
     error = measured_error([cosine_pairs(exact_of(original), original, None)])
     assert error is not None
     assert error.rms == 0
-    assert error.effective_dim == math.inf
     assert error.to_plain is None
 
 

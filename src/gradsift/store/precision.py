@@ -30,11 +30,6 @@ class MeasuredError:
     rows: int
     to_plain: MeasuredError | None = None
 
-    @property
-    def effective_dim(self) -> float:
-        """1/rms²: cosines of unrelated rows are as far off after an ideal projection to so many dimensions."""
-        return 1 / self.rms**2 if self.rms else math.inf
-
     def __str__(self) -> str:
         own = f"cosines off by {_figure(self)}"
         return own if self.to_plain is None else f"{own}, with targets' by {_figure(self.to_plain)}"

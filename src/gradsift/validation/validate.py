@@ -538,14 +538,12 @@ class _Bench:
         ordered = sorted(ids)
         return self._effect(fingerprint(ordered), lambda: self.steps(ordered))
 
-    def effect_of_itself(self) -> Effect:
-        """Of the step on the current output, taken for real; away from the other answer, where there is one."""
-        return self._effect("itself", lambda: self.model.trained_on(self._answers[:1], self._answers[1:]))
-
     def beside_itself(self, output: tuple[TokenizedExample, ...]) -> list[tuple[str, Effect, Effect]]:
-        """The output's id with the effects of steps on itself and on each of some random examples."""
+        """The output's id, with the effects of a step on itself (away from the other answer, where there is one), which
+        is taken for real, and of one on each of some random examples.
+        """
         self.turn_to(output)
-        itself = self.effect_of_itself()
+        itself = self._effect("itself", lambda: self.model.trained_on(self._answers[:1], self._answers[1:]))
         return [(output[0].id, itself, self.effect(ids)) for ids in self.random_sets(1)]
 
     def _effect(self, name: str, step: Callable[[], AbstractContextManager[None]]) -> Effect:

@@ -83,9 +83,14 @@ def list_files(place: str, files: Mapping[str, str], out: Console) -> None:
 
 
 def _draw_table(block: Table, out: Console) -> None:
-    """With the notes of its fields where there is room, but for those of shares, which are counts; else closer."""
-    for brief in (False, True) if block.style != "shares" else (True,):
-        cells = [[_named(row.cells[0]), *(_written(cell, brief) for cell in row.cells[1:])] for row in block.rows]
+    """With the notes of its fields beside or below them where there is room, but for those of shares, which are counts;
+    else closer.
+    """
+    for notes in ("beside", "below", "") if block.style != "shares" else ("",):
+        cells = [[_named(row.cells[0]), *(_written(cell, not notes) for cell in row.cells[1:])] for row in block.rows]
+        if notes == "below":
+            both = [([_written(c, brief=True) for c in row.cells], [_note(c) for c in row.cells]) for row in block.rows]
+            cells = [line for pair in both for line in pair if any(line)]
         kept = [n for n in range(len(block.columns)) if block.columns[n].name or any(row[n] for row in cells)]
         named = ["\n".join(filter(None, map(_head, (block.columns[n].name, block.columns[n].note)))) for n in kept]
         lines = [[row[n] for n in kept] for row in cells]
@@ -137,9 +142,13 @@ def _written(cell: Entry, brief: bool = False) -> str:
     return " ".join(filter(None, (cell.tag, cell.text, "" if brief else cell.note)))
 
 
+def _note(cell: Entry) -> str:
+    return "" if isinstance(cell, str) else cell.note
+
+
 def _named(cell: Entry) -> str:
     """The name of a row; a longer note has its place on the page."""
-    return _written(cell) if isinstance(cell, str) or len(cell.note) <= _SHORT else cell.text
+    return _written(cell, brief=len(_note(cell)) > _SHORT)
 
 
 def _said(example: Example) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich import box
@@ -84,7 +85,7 @@ def list_files(place: str, files: Mapping[str, str], out: Console) -> None:
 
 def _draw_table(block: Table, out: Console) -> None:
     """With the notes of its fields beside or below them where there is room, but for those of shares, which are counts;
-    else closer.
+    where there is none even without them, half of the columns below the others.
     """
     for notes in ("beside", "below", "") if block.style != "shares" else ("",):
         cells = [[_named(row.cells[0]), *(_written(cell, not notes) for cell in row.cells[1:])] for row in block.rows]
@@ -97,13 +98,23 @@ def _draw_table(block: Table, out: Console) -> None:
         if fits := sum(_widths(named, lines)) - 1 <= out.width:
             break
     title = f"{block.title} ({block.note})" if block.note else block.title
-    wide, right = [name for name in named if name == "detail"], [block.columns[n].numeric for n in kept]
+    wide = [name for name in named if name == "detail"]
+    if not fits and not wide and len(kept) > 2:
+        half = len(kept) // 2 + 1
+        for part in (kept[:half], [kept[0], *kept[half:]]):
+            rows = tuple(replace(row, cells=tuple(row.cells[n] for n in part)) for row in block.rows)
+            _draw_table(replace(block, columns=tuple(block.columns[n] for n in part), rows=rows), out)
+            block = replace(block, title="", note="")
+        return
+    right = [block.columns[n].numeric for n in kept]
     if title and title not in named[:1]:  # one of the table's own would be broken to its width
         out.print(on_one_line(title), style="bold", markup=False)
     drawn = table(named, lines, wide=wide, right=right)
     if not fits:
         drawn.padding = (0, 1, 0, 0)
     out.print(drawn)
+    if not notes and block.style != "shares" and any(_note(cell) for row in block.rows for cell in row.cells[1:]):
+        out.print("a wider terminal shows what stands beside these figures\n", markup=False)
 
 
 def _draw_examples(block: Examples, out: Console) -> None:

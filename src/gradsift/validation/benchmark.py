@@ -12,7 +12,8 @@ import numpy as np
 from rich.filesize import decimal as filesize
 
 from gradsift.base.resampling import Estimate
-from gradsift.report.blocks import Block, Cell, Chart, Line, Point, Row, Shown, Table, Text, columns
+from gradsift.report.blocks import Block, Cell, Chart, Legend, Line, Point, Row, Shown, Table, Text, columns
+from gradsift.report.charts import colour
 from gradsift.report.text import duration
 
 Measure = Literal["recall", "filter", "lds", "qld", "train", "self"]
@@ -198,6 +199,8 @@ class Benchmark(Shown):
             if (measure, part) == [one for one in parts if one[0] == measure][-1]:
                 blocks.append(Text(_READING[measure], "aside"))
         firsts = {column.measure: column for column in reversed(self.columns) if column.counts}
+        if firsts:
+            blocks.append(Legend(tuple((f"key-line {colour(n)}", label) for n, label in enumerate(self.methods))))
         blocks += [_against_cost(self, firsts[measure]) for measure in reversed(firsts)]
         blocks += [Text(f"{label} failed: {said}", "caution") for label, said in self.failed.items()]
         return (*blocks, *(Text(warning, "caution") for warning in self.warnings))
@@ -207,7 +210,9 @@ def _table(found: Benchmark, own: list[Column]) -> Table:
     """A row for each method; what is the best or not told apart from it is marked."""
     rows = []
     for label in found.methods:
-        cells = [Cell(label, "by chance" if label == found.methods[-1] else "")]
+        name, beside, settings = label.partition(" (")
+        note = f"{beside.strip()}{settings} {'by chance' * (label == found.methods[-1])}"
+        cells = [Cell(name, note.strip())]
         for column in own:
             value, near = column.values[label], label != found.methods[-1] and column.near(label)
             tag = ("best" if label == column.best else "≈") if near else ""

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 8,
 }  # fmt: skip
 TRAINING = gs.Training(epochs=2, **SETTINGS)
-DESCENT = MetagradientDescent(rounds=3, exchange=0.25, held_out=0.75, epochs=2)
+DESCENT = MetagradientDescent(held_out=0.75, epochs=2)
 LONGEST = 90  # tokens of a target, and of a tested row, with a system message
 TARGETS = ("sentiment", "instruction", "code")
 

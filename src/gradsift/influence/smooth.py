@@ -137,7 +137,7 @@ class Ending:
         self, source: SequenceSource, groups: NDArray[np.int64], rows: NDArray[np.int64] | None = None
     ) -> None:
         rows = np.arange(len(source.ids)) if rows is None else rows
-        self._source, self._rows = source, rows
+        self._source, self.rows = source, rows
         self.groups = np.unique(groups[rows], return_inverse=True)[1]
         self.note = fingerprint([source.fingerprint, groups.tolist(), rows.tolist()])
         self._counts = np.bincount(self.groups)
@@ -145,14 +145,14 @@ class Ending:
     @cached_property
     def sequences(self) -> list[Sequence]:
         """Of the targets that count, whose `row` is a place among them."""
-        place = {int(row): number for number, row in enumerate(self._rows)}
+        place = {int(row): number for number, row in enumerate(self.rows)}
         every = training_sequences(self._source)
         return [replace(one, row=place[one.row]) for one in every if one.row in place]
 
     @cached_property
     def dpo(self) -> DPO | None:
         """What makes losses of pairs of these sequences' sums, where they are by DPO."""
-        return self._source.dpo(self._rows) if isinstance(self._source, Pairs) else None
+        return self._source.dpo(self.rows) if isinstance(self._source, Pairs) else None
 
     def gradients(self, network: Network, theta: Tensor) -> Tensor:
         """Of the groups' means, `[group parameter]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from gradsift.base.lazy import torch
 from gradsift.context import Pool, Target
 from gradsift.influence.estimator import Estimator, Passes, TargetsByCheckpoint
 from gradsift.influence.magic import MAGIC
+from gradsift.influence.replay import Replay
 from gradsift.influence.smooth import FIRST_BACK, Ending, SmoothTraining, groups_of
 from gradsift.report import text
 from gradsift.report.blocks import Block, Cell, Column, Row, Table
@@ -31,26 +33,26 @@ _BY_CHANCE = 0.05  # how often a descent may leave a choice that no exchange bet
 class Round:
     """One round of the descent."""
 
-    chosen: tuple[int, ...]  # positions of the rows that it trained on
-    loss: float  # of the targets that were gone back from, at the end of the training, nats
-    held_out: float  # of those that were not, after the trainings by other seeds
-    exchanged: int  # rows that are not those of the round before
-    each: tuple[tuple[float, ...], ...]  # the losses of held-out targets, `[training target]`, nats
+    chosen: tuple[int, ...]  # positions of the rows that were trained on
+    loss: float  # of the targets that were gone back from, nats, mean over trainings
+    held_out: float  # of those that were not
+    each: tuple[tuple[float, ...], ...]  # of each of these, `[training target]`
 
 
 class MetagradientDescent(SmoothTraining, Selector):
-    """Trains on a choice and exchanges its worst rows for the best others, again and again (Engstrom et al. 2025).
+    """Trains on rows, and chooses by what that training tells of every row (Engstrom et al. 2025).
 
-    The first choice is the highest of the estimator's scores; `--estimator random` draws it. Each round takes the
-    training of MAGIC on the rows that are chosen, with all others riding along, and goes back through it once: how the
-    mean over subtasks of the targets' loss changes with the weight of every row. A share of the chosen then gives way
-    to as many others, as far as those are worth more. The first choice is kept unless a later one is better beyond
-    chance, on targets that nothing is gone back from and after trainings by other seeds, as `gradsift train` does them.
-    Scores say where it begins, and nothing more. Of a round's training its losses and worths are kept, and its steps
-    until these are found. Beside the fields below it has those of `SmoothTraining`.
+    The first choice is the highest of the estimator's scores; `--estimator random` draws it. The second is of the rows
+    that are worth most to the training of MAGIC on all rows: it is gone back through once, for how the mean over
+    subtasks of the targets' loss changes with the weight of every row. From the better of both on, each round goes
+    back so through the training on the choice before it, beside which all others ride along, and a share of the chosen
+    gives way to as many others, as far as those are worth more. The first choice is kept unless a later one is better
+    beyond chance, on targets that nothing is gone back from and after trainings by other seeds, as `gradsift train`
+    does them. What rows are worth and the losses after trainings are kept. Beside the fields below it has those of
+    `SmoothTraining`.
 
-    rounds: trainings, the first choice's among them.
-    exchange: share of the budget that a round exchanges at most.
+    rounds: choices that are tried, the first among them.
+    exchange: share of the budget that a round after the second exchanges at most.
     held_out: share of each subtask's targets that only measure; a subtask of too few for that only steers.
     trainings: by other seeds, of each round's choice, after which these are measured.
     """
@@ -58,7 +60,7 @@ class MetagradientDescent(SmoothTraining, Selector):
     takes: ClassVar[Literal["scores", "rows", "target", "checkpoints", "training"]] = "training"
 
     kind: Literal["metagradient"] = "metagradient"
-    rounds: int = Field(default=5, ge=1)
+    rounds: int = Field(default=2, ge=1)
     exchange: float = Field(default=0.2, gt=0, le=1)
     held_out: float = Field(default=0.5, gt=0, lt=1)
     trainings: int = Field(default=4, ge=2)
@@ -84,13 +86,10 @@ class MetagradientDescent(SmoothTraining, Selector):
         return list(best.chosen)
 
     def descend(self, candidates: Candidates, budget: int) -> list[Round]:
-        """Every round; what it trains and finds is kept in the run folder, step by step. A ConfigError where the target
+        """Every round; what it trains and finds is kept in the run folder, one by one. A ConfigError where the target
         has no labels, or too few rows.
         """
         _, pool, target = candidates.whole()
-        steering, measuring = self._endings(pool, target)
-        chosen, rounds, fresh = candidates.first("most_helpful", budget), list[Round](), 0
-        seen = {frozenset(chosen)}
         if lacking := MAGIC().without_labels(target):
             pool.reporter.warn(f"metagradient descent goes back as {lacking}")
         if effective_batch_size(budget, self.training(pool).batch_size) == 1:
@@ -98,24 +97,23 @@ class MetagradientDescent(SmoothTraining, Selector):
                 f"metagradient descent: a choice of {budget} rows is trained on one by one, and a gradient that is "
                 "clipped, or Adam's, hardly changes with the weight of the only row in it: choose at least 15"
             )
-        while True:
-            number = len(rounds) + 1
-            further = number < self.rounds and len(chosen) < len(candidates.available)
-            loss, each, worth = self._trained(candidates, chosen, number, steering, measuring, further=further)
-            held_out = measuring.mean(torch.tensor(each, dtype=torch.float64).mean(dim=0))
-            rounds.append(Round(tuple(chosen), loss, held_out, fresh, tuple(map(tuple, each))))
-            pool.reporter.say(
-                f"metagradient descent, round {number} of {self.rounds}: held-out loss {held_out:.4f} nats after "
-                f"{fresh} rows were exchanged"
-            )
-            if worth is None:
+        endings, everything = self._endings(pool, target), candidates.available.tolist()
+        chosen, rounds = candidates.first("most_helpful", budget), list[Round]()
+        while not any(set(chosen) == set(one.chosen) for one in rounds):  # no other row is worth more, or it goes round
+            what = f"round {len(rounds) + 1} of {self.rounds}"
+            rounds.append(self._round(candidates, chosen, endings, what))
+            held_out = f"held-out loss {rounds[-1].held_out:.4f} nats"
+            pool.reporter.say(f"metagradient descent, {what}: {held_out}")
+            if len(rounds) == self.rounds or len(chosen) == len(everything):
                 break
-            before = frozenset(chosen)
-            chosen = exchanged(chosen, worth, max(1, round(self.exchange * budget)), candidates.available.tolist())
-            if frozenset(chosen) in seen:  # no other row is worth more, or it would go round
-                break
-            seen.add(frozenset(chosen))
-            fresh = len(set(chosen) - before)
+            trained, most = everything, budget
+            if len(rounds) == 1:
+                what = "descent on all rows"
+            else:
+                best = min(rounds, key=lambda one: one.held_out) if len(rounds) == 2 else rounds[-1]
+                trained, most = list(best.chosen), max(1, round(self.exchange * budget))
+                chosen = trained
+            chosen = exchanged(chosen, self._worth(candidates, trained, endings[0], what), most, everything)
         config = self._descent(candidates, budget)
         named = [{**asdict(one), "chosen": [candidates.ids[place] for place in one.chosen]} for one in rounds]
         pool.run.complete(pool.run.prefix("descents", config), "descents", config, rounds=named)
@@ -127,15 +125,25 @@ class MetagradientDescent(SmoothTraining, Selector):
         manifests = map(pool.run.manifest, pool.run.artifacts("descents"))
         done = any(one is not None and config.items() <= one["config"].items() for one in manifests)
         epochs, each = self.training(pool).epochs, float(pool.data.lengths.mean())
-        own, beside = epochs * budget, epochs * (len(pool.data) - len(target.overlap) - budget)
+        count = len(pool.data) - len(target.overlap)
+        own, every, later = epochs * budget, epochs * count, max(0, self.rounds - 2)
         _, steering, measuring = self._parts(pool, target)
-        measured = self.rounds * (len(steering) + self.trainings * len(measuring))
-        trained = self.rounds * (1 + self.trainings) * own
-        taken = (self.rounds - 1) * (FIRST_BACK * own + beside) * each
-        left = self.rounds * (self.trainings * epochs + 1)  # checkpoints of trainings, and a way back or an end
+        times = self.rounds * self.trainings  # of which each leaves a checkpoint of each epoch
+        trained, back = times * own, (self.rounds > 1) * every + later * own
+        taken = back * (1 + FIRST_BACK) + later * (every - own)
+        steps = epochs * math.ceil(count / self.training(pool).batch_size) * (self.rounds > 1)
+        states = {"adapters": steps / 3 + steps**0.5}
+        measured = times * (len(steering) + len(measuring))
         return [
-            Passes("descent's trainings", trained, trained * each, done, stored={"adapters": left}),
-            Passes("descent's ways back", (self.rounds - 1) * (own + beside), taken, done),
+            Passes("descent's trainings", trained, trained * each, done, stored={"adapters": times * epochs}),
+            Passes(
+                "descent's ways back",
+                back + later * (every - own),
+                taken * each,
+                done,
+                stored=states,
+                at_most=self.memory * 2**30,
+            ),
             Passes("descent's losses", measured, measured * float(target.data.lengths.mean()), done, forward=True),
         ]
 
@@ -157,11 +165,12 @@ class MetagradientDescent(SmoothTraining, Selector):
         scores, pool, target = candidates.whole()
         return self._config(pool, target, scores.method, budget) | {"scores": scores.fingerprint}
 
-    def _endings(self, pool: Pool, target: Target) -> tuple[Ending, Ending]:
+    def _endings(self, pool: Pool, target: Target) -> tuple[Ending, Ending, Ending]:
+        """Of the targets that are gone back from, of those that measure, and of both."""
         source = pool.referred(MAGIC().targets(pool, target))
         assert not isinstance(source, TargetsByCheckpoint), source
         groups, steering, measuring = self._parts(pool, target)
-        return Ending(source, groups, steering), Ending(source, groups, measuring)
+        return Ending(source, groups, steering), Ending(source, groups, measuring), Ending(source, groups)
 
     def _parts(self, pool: Pool, target: Target) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """The group of each target, those that are gone back from, and those that measure; a ConfigError where too few
@@ -184,45 +193,46 @@ class MetagradientDescent(SmoothTraining, Selector):
             )
         return groups, np.sort(steering), np.sort(measuring)
 
-    def _trained(
-        self,
-        candidates: Candidates,
-        chosen: list[int],
-        number: int,
-        steering: Ending,
-        measuring: Ending,
-        *,
-        further: bool,
-    ) -> tuple[float, list[list[float]], NDArray[np.float64] | None]:
-        """At the end of a training on a choice the loss that it goes back from; after others by other seeds those of
-        held-out targets `[training target]`; and what every row is worth to the first if it goes on.
+    def _round(
+        self, candidates: Candidates, chosen: list[int], endings: tuple[Ending, Ending, Ending], what: str
+    ) -> Round:
+        """A choice with the targets' losses after trainings on it by other seeds."""
+        _, pool, _ = candidates.whole()
+        steering, measuring, both = endings
+        replay = self._replay(candidates, chosen, what)
+        losses = replay.losses(fingerprint([both.note, self.plain(pool).model_dump(mode="json")]), what)
+        ids, found = sorted(candidates.ids[place] for place in chosen), []
+        for seed in range(pool.seed + 1, pool.seed + 1 + self.trainings):
+            if not losses.count(name := f"targets, seed {seed}"):
+                losses.put(name, self.losses_after(pool, ids, both, seed=seed, what=what).tolist())
+            found.append(losses.all(name))
+        each = torch.tensor(found, dtype=torch.float64)
+        steered, held_out = (one.mean(each.mean(dim=0)[one.rows]) for one in (steering, measuring))
+        return Round(tuple(chosen), steered, held_out, tuple(map(tuple, each[:, measuring.rows].tolist())))
+
+    def _worth(self, candidates: Candidates, trained: list[int], steering: Ending, what: str) -> NDArray[np.float64]:
+        """How the loss of the targets that are gone back from falls with the weight of every row of a training on some,
+        `[row]`, nats.
         """
         _, pool, _ = candidates.whole()
-        inside = set(chosen)
-        own = sorted(candidates.ids[place] for place in chosen)
-        beside = [candidates.ids[place] for place in candidates.available.tolist() if place not in inside]
-        what = f"round {number} of {self.rounds}"
-        replay = self.replay(pool, own, beside, seed=pool.seed, what=what)
+        replay = self._replay(candidates, trained, what)
         asked = fingerprint([steering.note, "mean over groups"])
         others = pool.run.manifest(replay.prefix) is not None  # a training that is there already is not this descent's
-        with replay.network_if_asked() as opened:
-            plain = self.plain(pool).model_dump(mode="json")
-            losses = replay.losses(fingerprint([steering.note, measuring.note, plain]), what)
-            if not losses.count("steering"):
-                losses.put("steering", [steering.loss(opened(), replay.end(opened()))])
-            found = replay.returned(asked) if further else None
-            if further and found is None:
-                network = opened()
+        found = replay.returned(asked)
+        if found is None:
+            with replay.network() as network:
                 found = replay.back(network, asked, lambda theta: steering.gradients(network, theta).mean(0, True))
         if not others:
             replay.forget()
-        each = []
-        for seed in range(pool.seed + 1, pool.seed + 1 + self.trainings):
-            if not losses.count(name := f"held out, seed {seed}"):
-                losses.put(name, self.losses_after(pool, own, measuring, seed=seed, what=what).tolist())
-            each.append(losses.all(name))
-        worth = None if found is None else -found.change[0, pool.training.positions(candidates.ids)]
-        return losses.all("steering")[0], each, worth
+        return -found.change[0, pool.training.positions(candidates.ids)]
+
+    def _replay(self, candidates: Candidates, trained: list[int], what: str) -> Replay:
+        """The training on some rows, beside which all others ride along."""
+        _, pool, _ = candidates.whole()
+        inside = set(trained)
+        own = sorted(candidates.ids[place] for place in trained)
+        beside = [candidates.ids[place] for place in candidates.available.tolist() if place not in inside]
+        return self.replay(pool, own, beside, seed=pool.seed, what=what)
 
 
 def exchanged(chosen: Sequence[int], worth: NDArray[np.float64], most: int, among: Iterable[int]) -> list[int]:
@@ -284,13 +294,14 @@ def _told(rounds: Sequence[Round], best: Round, groups: NDArray[np.int64]) -> tu
     )
     rows = []
     for number, (one, (loss, held_out)) in enumerate(zip(rounds, written, strict=True), 1):
+        others = len(set(one.chosen) - set(rounds[0].chosen))
         gain = "" if number == 1 else "{:.4f} ± {:.4f}".format(*gain_of(rounds[0], one, groups)[:2]).replace("-", "−")
-        shown = Cell(held_out, "kept", "best", tone="best") if one is best else held_out
-        rows.append(Row((str(number), str(one.exchanged), loss, shown, gain)))
+        shown = Cell(held_out, tag="kept", tone="best") if one is best else held_out
+        rows.append(Row((str(number), str(others), loss, shown, gain)))
     heads = (
         Column("round", numeric=True),
-        Column("exchanged", "rows", numeric=True),
-        Column("loss of targets", "nats, those it goes back from", numeric=True),
+        Column("exchanged", "rows of the first choice", numeric=True),
+        Column("loss of targets", "nats, those that are gone back from", numeric=True),
         Column("held-out loss", "nats, lower is better", numeric=True),
         Column("below the first's", "nats, ± a standard error over held-out targets and trainings", numeric=True),
     )

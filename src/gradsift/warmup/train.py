@@ -324,7 +324,7 @@ def train_as(
     batch_size = effective_batch_size(len(ids), settings.batch_size)
     if batch_size < min(settings.batch_size, len(ids)):
         steps = -(-len(ids) // batch_size)
-        reporter.say(
+        reporter.say_once(
             f"{what}: batch size {batch_size} instead of {settings.batch_size}, so that {len(ids)} examples make "
             f"{steps} optimizer step{'s' if steps > 1 else ''} per epoch"
         )

@@ -236,6 +236,7 @@ BENCH = _of(
     bench.measures --measure *
     bench.class_column
     bench.marked
+    bench.marked_first
     bench.among
     bench.plant
     bench.top

@@ -82,14 +82,23 @@ def test_a_table_of_shares_has_the_shares_alone_and_a_title_that_says_more_than_
 
 
 def test_notes_give_way_before_figures_are_cut() -> None:
-    """A field's note stands beside it where the whole table has room, and nowhere else; then columns move closer."""
+    """A field's note stands beside or below it where the whole table has room, and nowhere else, which is said; then
+    columns are continued below."""
     rows = (Row(("LESS", Cell("88 s", "144 examples, 8,388 tokens"), Cell("16 s", "24 items, 512 tokens"))),)
     costs = Table((Column("method"), Column("train", "wall time, all seeds"), Column("evaluate")), rows)
     assert "8,388 tokens" in printed(costs, width=80)
-    said = printed(costs, width=60)
+    said = printed(costs, width=60).rstrip().splitlines()[-2:]
+    assert [line.split() for line in said] == [
+        ["LESS", "88", "s", "16", "s"],
+        ["144", "examples,", "8,388", "tokens", "24", "items,", "512", "tokens"],
+    ]
+    said = printed(costs, width=50)
     assert "LESS     88 s             16 s" in said
-    assert "…" not in said + printed(costs, width=34)
-    assert "LESS    88 s            16 s" in printed(costs, width=34)
+    assert "a wider terminal shows" in said
+    narrow = printed(costs, width=34)
+    assert "…" not in said + narrow
+    assert [" ".join(line.split()) for line in narrow.splitlines() if "s" in line.split()] == ["LESS 88 s", "LESS 16 s"]
+    assert "24 items, 512 tokens" in narrow
 
 
 def test_sections_and_groups_have_titles_and_folds_and_drawings_are_left_to_the_page() -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gradsift.base.errors import DataError
 from gradsift.base.types import Message, Sequence, Skipped
 from gradsift.data.account import Account
+from gradsift.data.formats import column_value
 
 
 class Rows(ABC):
@@ -94,8 +95,10 @@ class Rows(ABC):
         return (self.messages(id_) for id_ in self.ids)
 
     def values(self, column: str) -> Iterator[Any]:
-        """What the original rows have in a column, in row order; None where a row has it not."""
-        return (row.get(column) for row in self.rows())
+        """What the original rows have in a column, or at a path such as `meta.kind`, in row order; None where a row has
+        it not.
+        """
+        return (column_value(row, column) for row in self.rows())
 
     def column(self, name: str) -> list[Any]:
         """A column of the original rows, in row order; where no row has it, a DataError lists those that there are."""

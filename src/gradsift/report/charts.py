@@ -80,7 +80,8 @@ def chart(drawn: Chart) -> Markup:
     if bars is not None:
         x_low, x_high, y_low, y_high = bars.edges[0], bars.edges[-1], 0.0, max(4.0, *bars.all, *bars.chosen)
     else:
-        x_low, x_high = _apart(place(min(p.x for p in every)), place(max(p.x for p in every)))
+        along_x = [*(p.x for p in every), *(x for x, _ in drawn.ticks)]
+        x_low, x_high = _apart(place(min(along_x)), place(max(along_x)))
         y_low, y_high = _apart(min(p.y - _spread(p) for p in every), max(p.y + _spread(p) for p in every))
         margin = 0.06 * (y_high - y_low)
         y_low, y_high = y_low - margin, y_high + margin

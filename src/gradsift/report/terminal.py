@@ -7,6 +7,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich import box
@@ -83,22 +84,37 @@ def list_files(place: str, files: Mapping[str, str], out: Console) -> None:
 
 
 def _draw_table(block: Table, out: Console) -> None:
-    """With the notes of its fields where there is room, but for those of shares, which are counts; else closer."""
-    for brief in (False, True) if block.style != "shares" else (True,):
-        cells = [[_named(row.cells[0]), *(_written(cell, brief) for cell in row.cells[1:])] for row in block.rows]
+    """With the notes of its fields beside or below them where there is room, but for those of shares, which are counts;
+    where there is none even without them, half of the columns below the others.
+    """
+    for notes in ("beside", "below", "") if block.style != "shares" else ("",):
+        cells = [[_named(row.cells[0]), *(_written(cell, not notes) for cell in row.cells[1:])] for row in block.rows]
+        if notes == "below":
+            both = [([_written(c, brief=True) for c in row.cells], [_note(c) for c in row.cells]) for row in block.rows]
+            cells = [line for pair in both for line in pair if any(line)]
         kept = [n for n in range(len(block.columns)) if block.columns[n].name or any(row[n] for row in cells)]
         named = ["\n".join(filter(None, map(_head, (block.columns[n].name, block.columns[n].note)))) for n in kept]
         lines = [[row[n] for n in kept] for row in cells]
         if fits := sum(_widths(named, lines)) - 1 <= out.width:
             break
     title = f"{block.title} ({block.note})" if block.note else block.title
-    wide, right = [name for name in named if name == "detail"], [block.columns[n].numeric for n in kept]
+    wide = [name for name in named if name == "detail"]
+    if not fits and not wide and len(kept) > 2:
+        half = len(kept) // 2 + 1
+        for part in (kept[:half], [kept[0], *kept[half:]]):
+            rows = tuple(replace(row, cells=tuple(row.cells[n] for n in part)) for row in block.rows)
+            _draw_table(replace(block, columns=tuple(block.columns[n] for n in part), rows=rows), out)
+            block = replace(block, title="", note="")
+        return
+    right = [block.columns[n].numeric for n in kept]
     if title and title not in named[:1]:  # one of the table's own would be broken to its width
         out.print(on_one_line(title), style="bold", markup=False)
     drawn = table(named, lines, wide=wide, right=right)
     if not fits:
         drawn.padding = (0, 1, 0, 0)
     out.print(drawn)
+    if not notes and block.style != "shares" and any(_note(cell) for row in block.rows for cell in row.cells[1:]):
+        out.print("a wider terminal shows what stands beside these figures\n", markup=False)
 
 
 def _draw_examples(block: Examples, out: Console) -> None:
@@ -137,9 +153,13 @@ def _written(cell: Entry, brief: bool = False) -> str:
     return " ".join(filter(None, (cell.tag, cell.text, "" if brief else cell.note)))
 
 
+def _note(cell: Entry) -> str:
+    return "" if isinstance(cell, str) else cell.note
+
+
 def _named(cell: Entry) -> str:
     """The name of a row; a longer note has its place on the page."""
-    return _written(cell) if isinstance(cell, str) or len(cell.note) <= _SHORT else cell.text
+    return _written(cell, brief=len(_note(cell)) > _SHORT)
 
 
 def _said(example: Example) -> tuple[str, str]:

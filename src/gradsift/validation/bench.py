@@ -80,8 +80,10 @@ class Bench(Settings):
     measures: `recall` of the target's class, `filter` for marked rows, `lds` and `qld` by retraining, `train` on the
         best-scored rows alone, `self` for whether scores agree with themselves; by default those whose columns or data
         are named, else `lds` and `qld`.
-    class_column: column of pool and target: rows of a target's own value are to be found.
+    class_column: column of pool and target, or of each as id=positives: rows of a target's own value are to be found.
     marked: column=value of the pool's rows that are to be found, such as quality=bad.
+    marked_first: where those are looked for: at the lowest scores, as mistakes are, or at the highest, where the target
+        is of their kind, such as unsafe.
     among: column=value of the rows among which they are to be found.
     plant: mislabel:5% gives so many rows the answer of another row, or exchanges the answers of so many pairs; those
         are then to be found.
@@ -107,6 +109,7 @@ class Bench(Settings):
     measures: tuple[Measure, ...] | None = None
     class_column: str | None = None
     marked: str | None = None
+    marked_first: Literal["lowest", "highest"] = "lowest"
     among: str | None = None
     plant: str | None = None
     top: int = Field(default=50, ge=1)
@@ -149,6 +152,12 @@ class Bench(Settings):
         if self.plant is not None and self.marked is not None:
             raise ConfigError("plant makes the rows that are to be found, and marked names others: give one of them")
         return tuple(dict.fromkeys(asked))
+
+    @property
+    def class_columns(self) -> tuple[str, str]:
+        """Which columns of pool and target have their classes."""
+        of_pool, _, of_target = (self.class_column or "").partition("=")
+        return of_pool, of_target or of_pool
 
     @property
     def judged(self) -> tuple[Estimator, ...]:
@@ -246,7 +255,7 @@ def classed(target: Target, settings: Bench) -> Target:
     """With classes as its subtasks, where it has none: MAGIC then goes back once for each class."""
     if settings.class_column is None or target.subtasks is not None:
         return target
-    said = target.data.column(settings.class_column)
+    said = target.data.column(settings.class_columns[1])
     return replace(target, subtasks=tuple(", ".join(sorted(_said(one))) for one in said))
 
 
@@ -416,12 +425,13 @@ class Judgement:
     @cached_property
     def of_class(self) -> NDArray[np.bool_]:
         """Which rows have a target's class, or one of its classes, `[row target]`."""
-        name = self.settings.class_column
-        assert name is not None
-        rows, targets = ([*map(_said, data.column(name))] for data in (self.pool.data, self.target.data))
+        name, both = self.settings.class_column, (self.pool.data, self.target.data)
+        rows, targets = (
+            [*map(_said, data.column(own))] for data, own in zip(both, self.settings.class_columns, strict=True)
+        )
         known = sorted(set().union(*targets))
         of_rows, of_targets = (
-            np.array([[one in own for one in known] for own in cells], dtype=np.float32).reshape(-1, len(known))
+            np.array([[one in own for one in known] for own in cells], dtype=np.float32).reshape(len(cells), len(known))
             for cells in (rows, targets)
         )
         wanted: NDArray[np.bool_] = of_rows @ of_targets.T > 0
@@ -477,8 +487,8 @@ class Judgement:
             f"Recall@{top}": partial(recall, k=top),
             "MRR": reciprocal_rank,
         }
-        if top >= count:
-            self.warnings.append(f"Recall@{top} tells nothing of {count} rows, and is left out: lower top")
+        if 2 * top > count:  # a ranking by chance has most of them
+            self.warnings.append(f"Recall@{top} tells little of {count} rows, and is left out: lower top")
             del kinds[f"Recall@{top}"]
         there = wanted.sum(axis=0)
         chance = {
@@ -487,30 +497,36 @@ class Judgement:
             f"Recall@{top}": top / count,
             "MRR": float(np.mean([reciprocal_rank_by_chance(own, count) for own in there])),
         }
-        found = []
+        found, drawn = [], self._drawn(np.flatnonzero(having))
         for name, kind in kinds.items():
             each = {label: kind(own[self.available][:, having], wanted) for label, own in self.scores.items()}
             of = {label: partial(_mean_of, values) for label, values in each.items()}
-            title, drawn = "Rows of the target's class", self._drawn(np.flatnonzero(having))
-            found.append(self._column("recall", title, name, of, *drawn, chance=chance[name]))
+            more: dict[str, Any] = {"chance": chance[name], "spread": _spread(kind, wanted)}
+            found.append(self._column("recall", "Rows of the target's class", name, of, *drawn, **more))
+        if isinstance(drawn[0], int) and drawn[0] > 1:
+            self.warnings.append(
+                f"targets have one class: intervals are of other targets for the same {there.max()} rows of it; "
+                "--marked with --marked-first highest has those of other rows"
+            )
         return found
 
     def _filter(self) -> list[Column]:
-        """AUC, AUPRC and precision at the number of marked rows, lowest scores first, over rows."""
-        wanted, among = self.marked
+        """AUC, AUPRC and precision at the number of marked rows, over rows."""
+        (wanted, among), first = self.marked, self.settings.marked_first
         member = wanted[among]
         kinds: dict[str, Callable[..., NDArray[np.float64]]] = {
             "AUC of marked": auc, "AUPRC of marked": average_precision, "precision at their number": recall
         }  # fmt: skip
         chance = {"AUC of marked": 0.5, "AUPRC of marked": float(member.mean())}
         scored = {label: own[among] for label, own in self.whole.items()}
-        # Lowest first; rows without a score are last either way.
-        lowest = {label: np.where(np.isfinite(own), -own, -np.inf) for label, own in scored.items()}
+        if first == "lowest":  # rows without a score are last either way
+            scored = {label: np.where(np.isfinite(own), -own, -np.inf) for label, own in scored.items()}
         return [
             self._column(
-                "filter", "Marked rows, lowest scores first", name,
-                {label: partial(_of_rows, kind, own, member) for label, own in lowest.items()},
+                "filter", f"Marked rows, {first} scores first", name,
+                {label: partial(_of_rows, kind, own, member) for label, own in scored.items()},
                 len(member), "rows", chance=chance.get(name, float(member.mean())),
+                spread=_spread(kind, member[:, None]),
             )
             for name, kind in kinds.items()
         ]  # fmt: skip
@@ -743,7 +759,9 @@ class Judgement:
         scores may be right by chance for all targets of one; where there is one alone, the targets.
         """
         name, data = self.settings.class_column, self.target.data
-        groups: Sequence[Hashable] = self.target.subtasks or () if name is None else [*map(_said, data.column(name))]
+        groups: Sequence[Hashable] = self.target.subtasks or ()
+        if name is not None:
+            groups = [*map(_said, data.column(self.settings.class_columns[1]))]
         own = [groups[target] for target in targets.tolist()] if groups else []
         one, many = ("subtask", "subtasks") if name is None else ("class", "classes")
         if (count := len(set(own))) < 2:
@@ -854,7 +872,9 @@ def _said(value: Any) -> frozenset[str]:
 def _some(values: Collection[str]) -> str:
     """A few of them."""
     listed = sorted(values)
-    return ", ".join(map(repr, listed[:8])) + (f" and {len(listed) - 8} others" if len(listed) > 8 else "")
+    if not listed:
+        return "none"
+    return ", ".join(map(repr, listed[:8])) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 
 def _mean_of(values: NDArray[np.float64], rows: Units) -> float:
@@ -862,6 +882,17 @@ def _mean_of(values: NDArray[np.float64], rows: Units) -> float:
     there = values[rows]
     there = there[np.isfinite(there)]
     return float(there.mean()) if len(there) else np.nan
+
+
+def _spread(kind: Callable[..., NDArray[np.float64]], wanted: NDArray[np.bool_]) -> float:
+    """The standard deviation over random rankings, one for each set of rows that is wanted, of a figure's mean over
+    targets, `wanted[row target]`.
+    """
+    sets, counts = np.unique(wanted, axis=1, return_counts=True)
+    times = max(20, 400 // len(counts))
+    each = kind(np.random.default_rng(0).random((len(sets), times * len(counts))), np.tile(sets, times))
+    variances = each.reshape(times, -1).var(axis=0, ddof=1)
+    return float(np.sqrt((variances * (counts / counts.sum()) ** 2).sum()))
 
 
 def _of_rows(

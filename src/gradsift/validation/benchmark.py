@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 from rich.filesize import decimal as filesize
 
 from gradsift.base.resampling import Estimate
-from gradsift.report.blocks import Block, Cell, Chart, Line, Point, Row, Shown, Table, Text, columns
+from gradsift.report.blocks import Block, Cell, Chart, Legend, Line, Point, Row, Shown, Table, Text, columns
+from gradsift.report.charts import colour
 from gradsift.report.text import duration
 
 Measure = Literal["recall", "filter", "lds", "qld", "train", "self"]
+_ROUNDING = 1e-9  # of figures that are the same
 
 
 _READING = {
     "recall": "A target's own class is to be found. AUC: how often a row of the class has a higher score than another. "
     "Recall: the share of the class's rows among the highest scores, as many as the class has, or k. MRR: the mean of "
     "1 ÷ the rank of the first row of the class.",
-    "filter": "Marked rows are to be found from the lowest scores up. AUPRC: area under the precision-recall curve.",
+    "filter": "Marked rows are to be found, from the scores up or down that the heading says. AUPRC: area under the "
+    "precision-recall curve.",
     "lds": "Linear datamodelling score: Spearman's correlation over subsets of the pool between what scores foretell "
     "and a target's loss after training on the subset, mean over targets. Same order: as the run's seed orders rows, "
     "without those left out; other seeds: the mean loss of two further trainings.",
@@ -44,6 +48,7 @@ class Column:
     best:     the method of the highest value, chance apart
     behind:   that less the best method's, paired over what the interval is over
     chance:   what a ranking at random is expected to have; None where that is measured alone
+    spread:   how far rankings at random are from that, a standard deviation; None where intervals alone say
     ceiling:  what no method can be expected to be above
     over:     what intervals are over
     counts:   whether the sentence counts it
@@ -57,6 +62,7 @@ class Column:
     behind: Mapping[str, Estimate]
     over: str
     chance: float | None = None
+    spread: float | None = None
     ceiling: Estimate | None = None
     counts: bool = True
 
@@ -69,14 +75,23 @@ class Column:
         """Whether a method is the best, or not told apart from it, and not below a random ranking; none is where there
         is no best.
         """
-        value, chance = self.values[label], list(self.values.values())[-1].low if self.chance is None else self.chance
-        known = bool(self.best) and value.value == value.value
-        return known and not self.behind[label].high < 0 and not value.high < chance
+        known = bool(self.best) and self.values[label].value == self.values[label].value
+        return known and not self.behind[label].high < -_ROUNDING and not self.below(label)
 
-    @property
-    def random(self) -> float:
-        """What a method has to be above: what chance is expected to have, or the upper end of what it had."""
-        return list(self.values.values())[-1].high if self.chance is None else self.chance
+    def below(self, label: str) -> bool:
+        """Whether a method is told apart from a random ranking, and is the worse."""
+        least = list(self.values.values())[-1].low if self.chance is None else self.chance
+        return self.values[label].high < least - _ROUNDING
+
+    def above(self, label: str, of: int = 1) -> bool:
+        """Whether a method is told apart from a random ranking, which is below what chance is expected to have, or had.
+
+        of: so many figures are looked at, of which none may be above by chance (Bonferroni).
+        """
+        value, surely = self.values[label], NormalDist().inv_cdf(1 - 0.025 / of)
+        random = list(self.values.values())[-1].high if self.chance is None else self.chance
+        spread = (value.value - value.low) / NormalDist().inv_cdf(0.975) if self.spread is None else self.spread
+        return value.low > random + _ROUNDING and value.value - surely * spread > random
 
 
 @dataclass(frozen=True)
@@ -110,11 +125,11 @@ class Benchmark(Shown):
     @property
     def counted(self) -> list[Column]:
         """The columns that the sentence counts."""
-        return [column for column in self.columns if column.counts]
+        return [column for column in self.columns if column.counts and column.best]
 
     def above_random(self, label: str) -> int:
         """In how many columns a method is told apart from a random ranking."""
-        return sum(column.values[label].low > column.random for column in self.counted)
+        return sum(column.above(label) for column in self.counted)
 
     @property
     def near(self) -> dict[str, int]:
@@ -131,7 +146,12 @@ class Benchmark(Shown):
         near, counted = self.near, self.counted
         if not near or not counted:
             return "No method could be judged by how well it ranks."
-        if not any(map(self.above_random, near)):
+        figures = len(near) * len(counted)
+        if not any(column.above(one, figures) for one in near for column in counted):
+            if below := [one for one in near if any(column.below(one) for column in counted)]:
+                of_marked = any(column.measure == "filter" for column in counted)
+                other = ": marked rows have the other end of the ranking, see --marked-first" * of_marked
+                return f"No method is above a random ranking here, and {_listed(below)} {_are(below)} below it{other}."
             return (
                 "No method is told apart from a random ranking here: more targets, classes or subsets, or a longer "
                 "training would be needed."
@@ -149,9 +169,11 @@ class Benchmark(Shown):
         others = [one for one, own in near.items() if one != best and own == count]
         if others:
             dearer = all(self.costs[one].seconds >= self.costs[best].seconds for one in others)
-            are, cost = "is" if len(others) == 1 else "are", ", at a higher cost" * dearer
+            are, cost = _are(others), ", at a higher cost" * dearer
             alike = f"So {are} {_listed(others)}" if count == all_ else f"{_listed(others)} {are} so in as many"
             said.append(f"{alike}{cost}.")
+        if empty := [column.title for column in self.columns if column.counts and not column.best]:
+            said.append(f"{_listed(empty)} could not be estimated.")
         known, named = self.above_random(best), len(said) > 1
         if 0 < known < all_:
             it = best if named else "It"
@@ -177,6 +199,8 @@ class Benchmark(Shown):
             if (measure, part) == [one for one in parts if one[0] == measure][-1]:
                 blocks.append(Text(_READING[measure], "aside"))
         firsts = {column.measure: column for column in reversed(self.columns) if column.counts}
+        if firsts:
+            blocks.append(Legend(tuple((f"key-line {colour(n)}", label) for n, label in enumerate(self.methods))))
         blocks += [_against_cost(self, firsts[measure]) for measure in reversed(firsts)]
         blocks += [Text(f"{label} failed: {said}", "caution") for label, said in self.failed.items()]
         return (*blocks, *(Text(warning, "caution") for warning in self.warnings))
@@ -186,10 +210,12 @@ def _table(found: Benchmark, own: list[Column]) -> Table:
     """A row for each method; what is the best or not told apart from it is marked."""
     rows = []
     for label in found.methods:
-        cells = [Cell(label, "by chance" if label == found.methods[-1] else "")]
+        name, beside, settings = label.partition(" (")
+        note = f"{beside.strip()}{settings} {'by chance' * (label == found.methods[-1])}"
+        cells = [Cell(name, note.strip())]
         for column in own:
             value, near = column.values[label], label != found.methods[-1] and column.near(label)
-            tag = "best" if label == column.best else "≈" if near else ""
+            tag = ("best" if label == column.best else "≈") if near else ""
             interval = "" if value.low != value.low else f"{_number(value.low)} to {_number(value.high)}"
             cells.append(Cell(_number(value.value), interval, tag=tag, tone="best" if near else ""))
         cost = found.costs[label]
@@ -235,6 +261,10 @@ def _known(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_known(own) for own in value]
     return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -297,10 +297,10 @@ def test_templates_without_bounds(name: str, tiny: World, monkeypatch: pytest.Mo
     monkeypatch.setattr(template, "_RENDER_SECONDS", 1.0)
     tokenizer = load_tokenizer(tiny.model)
     tokenizer.chat_template = TEMPLATES[name]
-    began = time.monotonic()
+    began = time.thread_time()
     with pytest.raises(ModelError, match="the chat template"):
         render(tokenizer, [{"role": "user", "content": "?"}])
-    assert time.monotonic() - began < 20
+    assert time.thread_time() - began < 20
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     assert render(tokenizer, [{"role": "user", "content": "?"}]) == "?"
 
@@ -317,7 +317,7 @@ def test_what_ends_in_time_is_not_stopped_later() -> None:
         with pytest.raises(OverrunError):
             run_on(seconds)
     with at_most(0.2, 1 << 30):
-        pass
+        time.sleep(0.6)  # a machine that is busy with something else
     deadline = time.monotonic() + 0.6
     while time.monotonic() < deadline:
         pass

@@ -1,4 +1,4 @@
-"""Bounds on code that comes with a model, such as its chat template: so many seconds, so much memory, and no more.
+"""Bounds on code that comes with a model, such as its chat template: so many seconds of a processor, so much memory.
 
 Python code is stopped between two of its instructions, by an exception that another thread raises in it. One that
 allocates without end is stopped by the limit that the system puts on the process's address space.
@@ -24,11 +24,17 @@ class OverrunError(Exception):
 
 @dataclass(eq=False)
 class _Bounded:
-    """A piece of code that runs: in which thread, until when, and whether it was stopped."""
+    """A piece of code that runs: in which thread, until which of its seconds, and whether it was stopped."""
 
     thread: int
     deadline: float
     stopped: bool = False
+
+
+def _seconds_of(thread: int) -> float:
+    """What a thread has had of a processor, however busy the machine; by the clock where the system does not tell."""
+    clock = getattr(time, "pthread_getcpuclockid", None)  # macOS has none
+    return time.monotonic() if clock is None else time.clock_gettime(clock(thread))
 
 
 class _Watch:
@@ -67,7 +73,7 @@ class _Watch:
             with self.lock:
                 for one in self.running:
                     used = now
-                    if now > one.deadline and not one.stopped:
+                    if not one.stopped and _seconds_of(one.thread) > one.deadline:
                         one.stopped = True
                         ctypes.pythonapi.PyThreadState_SetAsyncExc(
                             ctypes.c_ulong(one.thread), ctypes.py_object(OverrunError)
@@ -91,12 +97,13 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextmanager
 def at_most(seconds: float, memory: int) -> Iterator[None]:
-    """Run code of others for at most so many seconds, with at most so many bytes beside what the process has.
+    """Run code of others for at most so many seconds of a processor, with at most so many bytes beside the process's.
 
     OverrunError says that it took longer, MemoryError that it wanted more, which is bounded on Linux alone.
     """
     watch = _watch
-    one = _Bounded(threading.get_ident(), time.monotonic() + seconds)
+    thread = threading.get_ident()
+    one = _Bounded(thread, _seconds_of(thread) + seconds)
     watch.begin(one, memory)
     try:
         yield

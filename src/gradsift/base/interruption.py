@@ -68,12 +68,14 @@ def watching() -> Iterator[None]:
 @contextmanager
 def held() -> Iterator[None]:
     """What runs inside is not interrupted in its middle, but at its end, by KeyboardInterrupt; it should be short."""
-    main = threading.current_thread() is threading.main_thread()
-    _Holding.depth += main
+    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
+        yield
+        return
+    _Holding.depth += 1
     try:
         yield
     finally:
-        if main and _Holding.depth:
+        if _Holding.depth:
             _Holding.depth -= 1
             if not _Holding.depth and _Holding.pending:
                 _Holding.pending = False

@@ -244,9 +244,9 @@ class ShardPart:
             budget.tokens = min(budget.tokens, int(self._known["tokens"]))
             for name, tensor in adding.items():
                 tensor.copy_(self._known[name])
-        # One value, so that whoever looks at any moment sees what belongs together: the group, its batches' size, its
-        # lanes, and sums of the groups before.
-        self._reached: tuple[int, int, SequenceABC[_Sink], Sums] = 0, budget.tokens, (), self._known_sums("sum")
+        # One value, so that whoever looks at any moment sees what belongs together: the group, of which there is none
+        # yet, its batches' size, its lanes, and sums of the groups before.
+        self._reached: tuple[int, int, SequenceABC[_Sink], Sums] = -1, budget.tokens, (), self._known_sums("sum")
         self._adding = adding
 
     def begin(self, group: int, sinks: SequenceABC[_Sink]) -> None:

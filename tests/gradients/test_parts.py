@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,6 +128,30 @@ def test_a_lane_that_has_finished_nothing(
             collect_both(run, data, files, settings=settings, reporter=Listening(stop_after=1))
     collect_both(run, data, files, settings=settings)
     assert all_bytes(run) == all_bytes(calm)
+
+
+def test_a_lane_in_whose_start_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between the start of a thread and the notice that it runs: nothing of it runs on afterwards."""
+    real, started, running = threading.Thread.start, list[str](), list[int]()
+
+    def start(thread: threading.Thread) -> None:
+        real(thread)
+        started.append(thread.name)
+        if len(started) == 2:
+            time.sleep(0.05)  # in which it begins
+            raise KeyboardInterrupt
+
+    def run(lane: int, *_: Any) -> bool:
+        running.append(lane)
+        time.sleep(0.1 + 0.3 * lane)
+        running.remove(lane)
+        return True
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        rows_module._in_lanes([()] * 8, 2, run, lambda _: False, fixed=True)
+    assert len(started) == 2
+    assert not running
 
 
 @contextmanager

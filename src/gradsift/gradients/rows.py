@@ -367,8 +367,13 @@ def _in_lanes(
     waiting = iter(units)  # shared: taking the next of a list is atomic
     queues = [iter(units[lane::lanes]) if fixed else waiting for lane in range(lanes)]
     threads, stop = torch.get_num_threads(), threading.Event()
+    idle, running = threading.Condition(), set[int]()
 
     def lane_of(lane: int) -> None:
+        with idle:
+            if stop.is_set():
+                return
+            running.add(lane)
         torch.set_num_threads(max(1, threads // lanes))
         try:
             for unit in queues[lane]:
@@ -377,6 +382,10 @@ def _in_lanes(
         except BaseException:  # the others are waited for before it is known elsewhere
             stop.set()
             raise
+        finally:
+            with idle:
+                running.discard(lane)
+                idle.notify()
 
     try:
         with ThreadPoolExecutor(lanes) as executor:
@@ -387,6 +396,9 @@ def _in_lanes(
                 stop.set()
                 raise
     finally:
+        with idle:  # an executor does not wait for a thread in whose start it was interrupted
+            stop.set()
+            idle.wait_for(lambda: not running)
         torch.set_num_threads(threads)
         give_back_memory()
 

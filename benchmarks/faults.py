@@ -129,6 +129,7 @@ class Bench:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whose threads no fork has
         self.context = forking()
         self.world = World.make(self.work, layers=2)
         self.pool = write_rows(self.work / "pool.jsonl", pool_rows(ROWS))
@@ -778,7 +779,7 @@ def swapped(bench: Bench, jobs: list[Job], kills: int) -> None:
     ended = bench.run(parquet.arguments(out), out)
     shutil.copy(own, at)
     note, equal, kept = bench.again(parquet, out, had)
-    right = ended.code == 1 and "belongs to another run: pool is" in ended.said
+    right = ended.code == 1 and "belongs to another run: its pool is" in ended.said
     happened = note or f"exit {ended.code}, {tidy(ended.said, bench)}; with the old pool: equal"
     bench.record(Outcome("swapped", "another pool.parquet before going on", happened, equal and right, kept))
     shutil.rmtree(out)

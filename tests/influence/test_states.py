@@ -88,7 +88,8 @@ def test_prompts_without_answers(opened: tuple[Pool, gs.Target]) -> None:
 def test_kept_and_resumed(
     tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: tuple[Pool, gs.Target]
 ) -> None:
-    """States are kept by parts: what was done before an interruption is not done again, and a second call is none."""
+    """States are kept by parts: what was done before an interruption is not done again, but for a part that was
+    damaged since, and a second call is none."""
     monkeypatch.setattr(module, "_SHARE_ROWS", 7)
     pool = tiny.open_pool(tmp_path / "run")
     target = gs.open_target(target_rows(3), pool)
@@ -104,10 +105,12 @@ def test_kept_and_resumed(
     monkeypatch.setattr(module, "hidden_states", counted)
     with pytest.raises(KeyboardInterrupt):
         gs.score(pool, target, RDSPlus())
+    part = next((tmp_path / "run").glob("states/*/rows-000000000.safetensors"))
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
     again = gs.score(pool, target, RDSPlus())
-    assert calls == [7, 7, 7, 7, 3, 3]
+    assert calls == [7, 7, 7, 7, 7, 3, 3]
     assert gs.score(pool, target, RDSPlus()).fingerprint == again.fingerprint
-    assert len(calls) == 6
+    assert len(calls) == 7
     monkeypatch.undo()
     np.testing.assert_allclose(again.per_target, gs.score(*opened, RDSPlus()).per_target, atol=1e-3)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gradsift.base.progress import Advance, Reporter
 from gradsift.execution.engine import Engine
 from gradsift.store.run import Run
-from gradsift.store.tensors import publish_tensors, read_tensors
+from gradsift.store.tensors import publish_tensors, read_tensors, tensors_if_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class _Share:
     stop: int
 
     def work(self, advance: Advance) -> None:
-        if self.run.storage.exists(self.key):
+        if tensors_if_whole(self.run.storage, self.key) is not None:  # of an attempt that was not completed
             advance(self.stop - self.start)
         else:
             publish_tensors(self.run.storage, self.key, {"rows": self.find(self.start, self.stop, advance)})

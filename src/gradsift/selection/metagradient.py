@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -16,7 +15,6 @@ from gradsift.base.lazy import torch
 from gradsift.context import Pool, Target
 from gradsift.influence.estimator import Estimator, Passes, TargetsByCheckpoint
 from gradsift.influence.magic import MAGIC
-from gradsift.influence.replay import Replay
 from gradsift.influence.smooth import FIRST_BACK, Ending, SmoothTraining, groups_of
 from gradsift.report import text
 from gradsift.report.blocks import Block, Cell, Column, Row, Table
@@ -125,14 +123,14 @@ class MetagradientDescent(SmoothTraining, Selector):
         manifests = map(pool.run.manifest, pool.run.artifacts("descents"))
         done = any(one is not None and config.items() <= one["config"].items() for one in manifests)
         epochs, each = self.training(pool).epochs, float(pool.data.lengths.mean())
-        count = len(pool.data) - len(target.overlap)
-        own, every, later = epochs * budget, epochs * count, max(0, self.rounds - 2)
+        overlap = {skip.id for skip in target.overlap}
+        ids = sorted(id_ for id_ in pool.training.ids if id_ not in overlap)
+        own, every, later = epochs * budget, epochs * len(ids), max(0, self.rounds - 2)
         _, steering, measuring = self._parts(pool, target)
         times = self.rounds * self.trainings  # of which each leaves a checkpoint of each epoch
         trained, back = times * own, (self.rounds > 1) * every + later * own
         taken = back * (1 + FIRST_BACK) + later * (every - own)
-        steps = epochs * math.ceil(count / self.training(pool).batch_size) * (self.rounds > 1)
-        states = {"adapters": steps / 3 + steps**0.5}
+        steps = self.replay(pool, ids, (), seed=pool.seed, what="").stored() if back else {}
         measured = times * (len(steering) + len(measuring))
         return [
             Passes("descent's trainings", trained, trained * each, done, stored={"adapters": times * epochs}),
@@ -141,7 +139,7 @@ class MetagradientDescent(SmoothTraining, Selector):
                 back + later * (every - own),
                 taken * each,
                 done,
-                stored=states,
+                stored=steps,
                 at_most=self.memory * 2**30,
             ),
             Passes("descent's losses", measured, measured * float(target.data.lengths.mean()), done, forward=True),
@@ -199,9 +197,9 @@ class MetagradientDescent(SmoothTraining, Selector):
         """A choice with the targets' losses after trainings on it by other seeds."""
         _, pool, _ = candidates.whole()
         steering, measuring, both = endings
-        replay = self._replay(candidates, chosen, what)
-        losses = replay.losses(fingerprint([both.note, self.plain(pool).model_dump(mode="json")]), what)
         ids, found = sorted(candidates.ids[place] for place in chosen), []
+        place = self.replay(pool, ids, (), seed=pool.seed, what=what)  # which is not taken: losses lie beside its steps
+        losses = place.losses(fingerprint([both.note, self.plain(pool).model_dump(mode="json")]), what)
         for seed in range(pool.seed + 1, pool.seed + 1 + self.trainings):
             if not losses.count(name := f"targets, seed {seed}"):
                 losses.put(name, self.losses_after(pool, ids, both, seed=seed, what=what).tolist())
@@ -215,7 +213,10 @@ class MetagradientDescent(SmoothTraining, Selector):
         `[row]`, nats.
         """
         _, pool, _ = candidates.whole()
-        replay = self._replay(candidates, trained, what)
+        inside = set(trained)
+        own = sorted(candidates.ids[place] for place in trained)
+        beside = [candidates.ids[place] for place in candidates.available.tolist() if place not in inside]
+        replay = self.replay(pool, own, beside, seed=pool.seed, what=what)
         asked = fingerprint([steering.note, "mean over groups"])
         others = pool.run.manifest(replay.prefix) is not None  # a training that is there already is not this descent's
         found = replay.returned(asked)
@@ -225,14 +226,6 @@ class MetagradientDescent(SmoothTraining, Selector):
         if not others:
             replay.forget()
         return -found.change[0, pool.training.positions(candidates.ids)]
-
-    def _replay(self, candidates: Candidates, trained: list[int], what: str) -> Replay:
-        """The training on some rows, beside which all others ride along."""
-        _, pool, _ = candidates.whole()
-        inside = set(trained)
-        own = sorted(candidates.ids[place] for place in trained)
-        beside = [candidates.ids[place] for place in candidates.available.tolist() if place not in inside]
-        return self.replay(pool, own, beside, seed=pool.seed, what=what)
 
 
 def exchanged(chosen: Sequence[int], worth: NDArray[np.float64], most: int, among: Iterable[int]) -> list[int]:

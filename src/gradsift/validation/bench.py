@@ -30,6 +30,7 @@ from gradsift.evaluation.evaluate import leaks, measure
 from gradsift.evaluation.fine_tune import Seeds, train_on
 from gradsift.evaluation.loss import HeldOutLoss
 from gradsift.evaluation.setup import subject_of
+from gradsift.execution.chunks import in_chunks
 from gradsift.execution.engine import LOCAL
 from gradsift.influence.bm25 import BM25
 from gradsift.influence.estimator import (
@@ -67,6 +68,7 @@ Units = NDArray[np.int64]
 _Found = TypeVar("_Found")
 _OTHER_SEEDS = (101, 102)  # added to the run's
 _AMONG = 200  # rows among which copies of targets are looked for
+_AT_ONCE = 1 << 24  # scores of random rankings that are held together
 _UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 _RANGES: dict[Measure, tuple[float, float]] = {"recall": (0, 1), "filter": (0, 1), "lds": (-1, 1), "self": (-1, 1)}
 _COPY = "copy of "  # before a target's id
@@ -889,9 +891,12 @@ def _spread(kind: Callable[..., NDArray[np.float64]], wanted: NDArray[np.bool_])
     targets, `wanted[row target]`.
     """
     sets, counts = np.unique(wanted, axis=1, return_counts=True)
-    times = max(20, 400 // len(counts))
-    each = kind(np.random.default_rng(0).random((len(sets), times * len(counts))), np.tile(sets, times))
-    variances = each.reshape(times, -1).var(axis=0, ddof=1)
+    times, draw = max(20, 400 // len(counts)), np.random.default_rng(0)
+    each = []
+    for drawn in in_chunks(range(times), most=times, exactly=max(1, _AT_ONCE // sets.size)):
+        scores = draw.random((len(sets), len(drawn) * len(counts)))
+        each.append(kind(scores, np.tile(sets, len(drawn))).reshape(len(drawn), -1))
+    variances = np.concatenate(each).var(axis=0, ddof=1)
     return float(np.sqrt((variances * (counts / counts.sum()) ** 2).sum()))
 
 

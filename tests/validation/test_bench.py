@@ -117,7 +117,7 @@ def test_what_says_nothing_is_said(opened: tuple[gs.Pool, gs.Target]) -> None:
     assert found.sentence.startswith("Use knowing +1 here")
     assert found.columns[0].values["knowing +1"].value == 1
     found = bench(*opened, [Knowing(sign=-1)], settings=Bench(class_column="source", marked="source=colour", top=3))
-    assert "A random ranking is better in AUC, recall at class size, Recall@3" in found.sentence
+    assert "A random ranking is better in AUC, recall at class size and MRR." in found.sentence  # of 3 rows 0 is chance
 
 
 def test_rankings_by_chance_are_not_recommended() -> None:
@@ -139,6 +139,26 @@ def test_rankings_by_chance_are_not_recommended() -> None:
     third, nothing = Estimate(0.3, 0.3, 0.3), Estimate(-1e-16, -1e-16, -1e-16)
     column = Column("recall", "", "", {"A": third, "R": third}, "A", {"A": nothing, "R": nothing}, "", chance=0.1 + 0.2)
     assert (column.near("A"), column.below("A"), column.above("A")) == (True, False, False)
+
+
+def test_removals_by_chance_are_not_recommended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 tables of three rankings at random by QLD, whose retrainings are simulated, few name one; rankings by what
+    rows are worth are named in most."""
+
+    def named(seed: int, knowing: float) -> bool:
+        draws = np.random.default_rng(seed)
+        worth, own = draws.normal(size=(100, 1)) + 0.3 * draws.normal(size=(100, 10)), draws.normal
+        judge: Any = Judgement.__new__(Judgement)
+        judge.settings, judge.available, judge.seed = Bench(measures=("qld",)), np.ones(100, dtype=bool), seed
+        judge.target = SimpleNamespace(data=range(10), subtasks=None)
+        judge.scores = {name: own(size=(100, 1)) + knowing * worth for name in "ABCR"}
+        judge.whole = {name: scores.mean(axis=1) for name, scores in judge.scores.items()}
+        monkeypatch.setattr(judge, "_losses", lambda _, kept: own(size=(len(kept), 1)) - kept @ worth)
+        columns = judge._qld()
+        return Benchmark(tuple("ABCR"), tuple(columns), {name: Cost(1, 0) for name in "ABCR"}, {}).sentence[:3] == "Use"
+
+    assert sum(named(seed, 0.0) for seed in range(20)) <= 2  # by intervals over targets and draws alone 13
+    assert sum(named(seed, 3.0) for seed in range(20)) >= 15
 
 
 def test_targets_name_the_rows_that_they_need(opened: tuple[gs.Pool, gs.Target]) -> None:
@@ -726,7 +746,8 @@ def _simulated(seed: int) -> Benchmark:
             each[:, draws.integers(4)] = np.nan
         of = {label: partial(_mean_of, each[:, n]) for n, label in enumerate(methods)}
         judge: Any = SimpleNamespace(seed=seed)
-        columns.append(Judgement._column(judge, "train", "part", f"c{number}", of, count, "targets", chance=0.0))
+        name, by_chance = f"c{number}", {"chance": 0.0, "spread": count**-0.5}
+        columns.append(Judgement._column(judge, "train", "part", name, of, count, "targets", **by_chance))
     costs = {label: Cost(float(draws.random()), 0) for label in methods}
     return Benchmark(tuple(methods), tuple(columns), costs, {})
 
@@ -746,7 +767,9 @@ def test_what_is_recommended_is_nowhere_told_apart_from_the_best() -> None:
             one: [
                 c.name
                 for c in found.columns
-                if not c.values[one].value > -9 or c.behind[one].high < 0 or c.values[one].high < 0
+                if not c.values[one].value > -9
+                or c.behind[one].high < 0
+                or (c.values[one].high < 0 and c.values[one].value < -1.96 * c.spread)
             ]
             for one in "ABCD"
         }

@@ -119,7 +119,7 @@ class Bench(Settings):
     shares: tuple[Budget, ...] = (0.02, 0.1, 0.5)
     removed: tuple[Budget, ...] = (0.01, 0.05, 0.1)
     removed_for: Literal["all", "subtask"] = "all"
-    removals: int = Field(default=4, ge=1)
+    removals: int = Field(default=8, ge=2)
     test: str | None = None
     test_columns: Columns = Columns()
     budgets: tuple[Budget, ...] = Field(default=(0.1,), min_length=1)
@@ -540,6 +540,7 @@ class Judgement:
         settings, found = self.settings, []
         for share in settings.shares:
             kept = self._subsets(share, settings.subsets)
+            all_, drawn = np.arange(len(kept)), foretold(kept, np.random.default_rng(0).random((kept.shape[1], 400)))
             same = self._losses(0, kept)
             others = [self._losses(seed, kept) for seed in _OTHER_SEEDS]
             ceiling = agreement_of_trainings(*others)
@@ -548,11 +549,11 @@ class Judgement:
             }
             for name, losses, top in (("same order", same, None), ("other seeds", np.mean(others, axis=0), ceiling)):
                 outcome = column_ranks(-losses)
+                spread = float(np.std([agreement(own[:, None], outcome, all_) for own in drawn.T]))
                 of = {label: partial(agreement, own, outcome) for label, own in predicted.items()}
                 title = f"without {_percent(share)}"
-                found.append(
-                    self._column("lds", f"LDS, {name}", title, of, len(kept), "subsets", chance=0.0, ceiling=top)
-                )
+                more: dict[str, Any] = {"chance": 0.0, "spread": spread, "ceiling": top}
+                found.append(self._column("lds", f"LDS, {name}", title, of, len(kept), "subsets", **more))
         return found
 
     def _qld(self) -> list[Column]:
@@ -561,14 +562,17 @@ class Judgement:
         groups = groups_of(len(self.target.data), self.target.subtasks if per else None)
         for share in self.settings.removed:
             random, size = self._losses(0, self._subsets(share, self.settings.removals)), self._size(share)
-            labels = list(self.scores)[:-1]
+            labels, count = list(self.scores)[:-1], len(random)
             best = [self._best(scores, size) for label in labels for scores in self._ranked_for(label, groups)]
             after = self._losses(0, self._without(best)).reshape(len(labels), -1, random.shape[1])
             own = [*after[:, groups, np.arange(len(groups))], random[0]]
             of = {label: partial(rise, one, random) for label, one in zip(self.scores, own, strict=True)}
             units, over = self._drawn(np.arange(len(groups)))
             title, over = f"best {_percent(share)}", f"{over} and random draws"
-            found.append(self._column("qld", "QLD", title, of, units, over, chance=0.0, beside=len(random)))
+            each = random @ np.eye(int(groups.max()) + 1)[groups] / len(groups)  # [draw group]
+            varies = each.var(axis=0, ddof=1).sum() + each.sum(axis=1).var(ddof=1) / count
+            by_chance: dict[str, Any] = {"chance": 0.0, "spread": float(np.sqrt(varies)), "drawn": count}
+            found.append(self._column("qld", "QLD", title, of, units, over, beside=count, **by_chance))
         return found
 
     def _ranked_for(self, label: str, groups: Units) -> list[NDArray[np.float64]]:
@@ -697,8 +701,11 @@ class Judgement:
             own_gain = each[-1].mean(axis=0) - each[-1, 0]  # how far one random choice is from several
             of = {label: partial(_mean_of, one) for label, one in zip(labels, [*gained, own_gain], strict=True)}
             title = f"best {_percent(budget)}" if budget < 1 else f"best {size}"
+            count = len(settings.seeds)  # of random choices, one for each
+            varies = each[-1].mean(axis=1).var(ddof=1) * (1 + 1 / count) if count > 1 else np.nan
+            by_chance: dict[str, Any] = {"chance": 0.0, "spread": float(np.sqrt(varies)), "drawn": count}
             found.append(
-                self._column("train", "Trained on the best-scored", title, of, len(items), "items", chance=0.0)
+                self._column("train", "Trained on the best-scored", title, of, len(items), "items", **by_chance)
             )
         return found
 

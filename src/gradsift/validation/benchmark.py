@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -47,8 +46,9 @@ class Column:
     values:   by the method's label
     best:     the method of the highest value, chance apart
     behind:   that less the best method's, paired over what the interval is over
-    chance:   what a ranking at random is expected to have; None where that is measured alone
-    spread:   how far rankings at random are from that, a standard deviation; None where intervals alone say
+    chance:   what a ranking at random is expected to have; NaN where nothing is known of that
+    spread:   how far rankings at random are from that, a standard deviation
+    drawn:    so few random rankings, trained on, tell that; None where it is computed
     ceiling:  what no method can be expected to be above
     over:     what intervals are over
     counts:   whether the sentence counts it
@@ -61,8 +61,9 @@ class Column:
     best: str
     behind: Mapping[str, Estimate]
     over: str
-    chance: float | None = None
-    spread: float | None = None
+    chance: float = math.nan
+    spread: float = math.nan
+    drawn: int | None = None
     ceiling: Estimate | None = None
     counts: bool = True
 
@@ -79,19 +80,28 @@ class Column:
         return known and not self.behind[label].high < -_ROUNDING and not self.below(label)
 
     def below(self, label: str) -> bool:
-        """Whether a method is told apart from a random ranking, and is the worse."""
-        least = list(self.values.values())[-1].low if self.chance is None else self.chance
-        return self.values[label].high < least - _ROUNDING
+        """Whether a method is told apart from rankings at random, and is the worse."""
+        value = self.values[label]
+        return value.high < self.chance - _ROUNDING and value.value < self.chance - self._by_chance(1)
 
     def above(self, label: str, of: int = 1) -> bool:
-        """Whether a method is told apart from a random ranking, which is below what chance is expected to have, or had.
+        """Whether a method is told apart from rankings at random.
 
         of: so many figures are looked at, of which none may be above by chance (Bonferroni).
         """
-        value, surely = self.values[label], NormalDist().inv_cdf(1 - 0.025 / of)
-        random = list(self.values.values())[-1].high if self.chance is None else self.chance
-        spread = (value.value - value.low) / NormalDist().inv_cdf(0.975) if self.spread is None else self.spread
-        return value.low > random + _ROUNDING and value.value - surely * spread > random
+        value = self.values[label]
+        return value.low > self.chance + _ROUNDING and value.value > self.chance + self._by_chance(of)
+
+    def _by_chance(self, of: int) -> float:
+        """How far above what is expected none of so many figures of rankings at random is, in 97.5 % of all tables."""
+        from scipy.special import ndtri, stdtrit
+
+        tail = 1 - 0.025 / of
+        if self.measure == "lds" and self.spread > 0:  # t of a correlation, of as many subsets as would vary so
+            freedom = 1 / self.spread**2 - 1
+            t = stdtrit(freedom, tail)
+            return float(t / math.sqrt(freedom + t**2))
+        return float((ndtri(tail) if self.drawn is None else stdtrit(self.drawn - 1, tail)) * self.spread)
 
 
 @dataclass(frozen=True)
@@ -153,8 +163,8 @@ class Benchmark(Shown):
                 other = ": marked rows have the other end of the ranking, see --marked-first" * of_marked
                 return f"No method is above a random ranking here, and {_listed(below)} {_are(below)} below it{other}."
             return (
-                "No method is told apart from a random ranking here: more targets, classes or subsets, or a longer "
-                "training would be needed."
+                "No method is told apart from a random ranking here: more targets, classes, subsets, removals or "
+                "seeds, or a longer training would be needed."
             )
         best = next(iter(near))
         count, all_ = near[best], len(counted)
@@ -221,11 +231,11 @@ def _table(found: Benchmark, own: list[Column]) -> Table:
         cost = found.costs[label]
         rows.append(Row((*cells, duration(cost.seconds), filesize(cost.bytes))))
     for name, values in (
-        ("another training", [None if c.ceiling is None else c.ceiling.value for c in own]),
+        ("another training", [math.nan if column.ceiling is None else column.ceiling.value for column in own]),
         ("expected by chance", [column.chance for column in own]),
     ):
-        if any(value is not None for value in values):
-            rows.append(Row((name, *("" if value is None else _number(value) for value in values), "", ""), total=True))
+        if not all(map(math.isnan, values)):
+            rows.append(Row((name, *map(_number, values), "", ""), total=True))
     note = (
         f"95 % intervals over {own[0].over}; ≈ not told apart from the best; time and bytes of all that scores need, "
         "when it was first made"

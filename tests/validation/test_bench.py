@@ -350,6 +350,9 @@ def test_training_on_the_best_scored(
     assert [said.split(": ")[1].split(" in that")[0] for said in leaky] == [
         "3 pool rows are", "2 of the target's 6 rows are",
     ]  # fmt: skip
+    done = Judgement(pool, target, settings).done_key
+    write_rows(tmp_path / "test.jsonl", pool_rows(40)[30:])
+    assert Judgement(pool, target, settings).done_key != done  # of other examples that file's training is not done
 
 
 def test_scores_agree_with_themselves(opened: tuple[gs.Pool, gs.Target]) -> None:

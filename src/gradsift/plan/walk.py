@@ -81,7 +81,7 @@ from gradsift.selection.candidates import ORDERS
 from gradsift.selection.select import budget_count, kept_count
 from gradsift.selection.selector import Selector, reader_beside
 from gradsift.store.run import Run
-from gradsift.validation.bench import Bench, Judgement, is_benched, self_pools
+from gradsift.validation.bench import Bench, Judgement, self_pools
 from gradsift.validation.validate import is_validated
 from gradsift.warmup.checkpoint import Checkpoint, open_checkpoint
 from gradsift.warmup.train import Training, kept_training, warm_up_ids
@@ -152,7 +152,7 @@ class Walk:
         assert self.target is not None
         judge = Judgement(self.kept or self.pool, self.target, settings)
         judge.check()
-        done = self.kept is not None and is_benched(self.kept, self.target, settings)
+        done = self.kept is not None and self.kept.run.storage.exists(judge.done_key)
         self.target = judge.target
         self._judged(settings.judged)
         self._retrain(judge, done=done)

@@ -232,25 +232,8 @@ def bench(
             "kept are not taken again"
         )
     found = judge.benchmark()
-    pool.run.publish_json(_done_key(pool, target, own), {})
+    pool.run.publish_json(judge.done_key, {})
     return found
-
-
-def _done_key(pool: Pool, target: Target, settings: Bench) -> str:
-    """Where it is noted that a benchmark of this pool, target, training, methods and measures has ended."""
-    of_pool = {"warmup": pool.warmup, "gradients": pool.gradients}
-    identity = [
-        pool.data.fingerprint, target.data.fingerprint, list(target.subtasks or ()), model_identity(pool.model),
-        pool.adapters, pool.seed, {name: one.model_dump(mode="json") for name, one in of_pool.items()},
-        settings.model_dump(mode="json", exclude={"methods"}),
-        [method.model_dump(mode="json") for method in settings.judged],
-    ]  # fmt: skip
-    return f"bench/done-{fingerprint(identity)}.json"
-
-
-def is_benched(pool: Pool, target: Target, settings: Bench) -> bool:
-    """Whether the run folder has all of this benchmark."""
-    return pool.run.storage.exists(_done_key(pool, target, settings))
 
 
 def classed(target: Target, settings: Bench) -> Target:
@@ -670,6 +653,22 @@ class Judgement:
     def _pool_of_tasks(self) -> Pool:
         """As other processes are given it."""
         return replace(self.pool, reporter=silent(), engine=LOCAL)
+
+    @property
+    def done_key(self) -> str:
+        """Where it is noted that this benchmark has ended: of its pool, target, training, methods and measures."""
+        pool, settings = self.pool, self.settings
+        of_pool = {"warmup": pool.warmup, "gradients": pool.gradients}
+        identity: list[Any] = [
+            pool.data.fingerprint, self.target.data.fingerprint, list(self.target.subtasks or ()),
+            model_identity(pool.model), pool.dtype, pool.adapters, pool.seed,
+            {name: one.model_dump(mode="json") for name, one in of_pool.items()},
+            settings.model_dump(mode="json", exclude={"methods"}),
+            [method.model_dump(mode="json") for method in settings.judged],
+        ]  # fmt: skip
+        if "train" in settings.asked:
+            identity.append(self.held_out.bind(subject_of(self._pool_of_tasks, None).base).identity())
+        return f"bench/done-{fingerprint(identity)}.json"
 
     @cached_property
     def held_out(self) -> HeldOutLoss:

@@ -142,7 +142,7 @@ class Bench(Settings):
             ConfigError: one needs a column that is not named.
         """
         needs: dict[Measure, tuple[str | None, str]] = {
-            "recall": (self.class_column, "class_column, a column of pool and target"),
+            "recall": (self.class_column, "class_column, a column of pool and target, or of each as id=positives"),
             "filter": (self.marked or self.plant, "marked, such as quality=bad, or plant, mislabel:5%"),
             "train": (self.test, "test, a file of examples that are neither in the pool nor in the target"),
         }

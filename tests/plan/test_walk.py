@@ -352,7 +352,7 @@ def test_a_benchmark_is_announced(recipe: Callable[..., Recipe], tiny: World) ->
     asked = recipe(bench={"methods": methods, **measures}, warmup=warmup)
     works = walked(asked, asked.out + "-plan", silent(), "run")[0].works
     assert {work.stage: work.rows for work in works if work.stage in ("retrainings", "fine-tunings")} == {
-        "retrainings": (3 + 2) * 24, "fine-tunings": 4 * 8,
+        "retrainings": (3 + 2) * 24, "fine-tunings": (3 + 2) * 8,
     }  # fmt: skip
     passes = [work for work in works if work.stage == "pool gradients"]
     assert [work.rows for work in passes] == [24, 24] + 6 * [24 + 4]

@@ -314,7 +314,7 @@ def test_trainings_are_tasks(opened: tuple[gs.Pool, gs.Target], tmp_path: Path) 
     held_out = write_rows(tmp_path / "test.jsonl", pool_rows(40)[24:])
     settings = Bench(measures=("qld", "train"), removed=(0.25,), removals=2, test=held_out, budgets=(8.0,), seeds=(0,))
     found = bench(other, target, [Knowing()], settings=settings)
-    assert [engine.taken.count(what) for what in ("retraining", "training")] == [3, 2]
+    assert [engine.taken.count(what) for what in ("retraining", "training")] == [3, 3]
     here = bench(pool, target, [Knowing()], settings=settings)
     assert found.as_dict()["columns"] == here.as_dict()["columns"]
 
@@ -322,11 +322,11 @@ def test_trainings_are_tasks(opened: tuple[gs.Pool, gs.Target], tmp_path: Path) 
 def test_training_on_the_best_scored(
     opened: tuple[gs.Pool, gs.Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`train` is how much lower the held-out loss is after `train_on` the best-scored rows than on random ones of the
-    seeds, found again by `gradsift compare`'s own files: nothing is trained a second time."""
+    """`train` is how much lower the held-out loss is after `train_on` the best-scored rows than on random ones, of the
+    seeds and of further ones, found again by `gradsift compare`'s own files: nothing is trained a second time."""
     pool, target = opened
     held_out = write_rows(tmp_path / "test.jsonl", pool_rows(40)[24:])
-    settings = Bench(test=held_out, budgets=(8.0,), seeds=(0, 1))
+    settings = Bench(test=held_out, budgets=(8.0,), seeds=(0, 1), removals=3)
     found = bench(pool, target, [Knowing()], settings=settings)
     monkeypatch.setattr("gradsift.warmup.trainer.StepTrainer.__init__", None)
     (column,) = bench(pool, target, [Knowing()], settings=settings).columns
@@ -336,13 +336,15 @@ def test_training_on_the_best_scored(
     best = [scores.ids[place] for place in np.argsort(-scores.aggregate, kind="stable")[:8]]
     available = sorted(range(len(pool.data)))
     losses = []
-    for seed in (0, 1):
+    for seed in (0, 1, 2):
         drawn = np.random.default_rng([pool.seed, 8, seed]).choice(available, 8, replace=False)
-        for ids in (best, list(pool.data.ids.take(drawn))):
+        for ids in (best, list(pool.data.ids.take(drawn)))[seed == 2 :]:
             metric = gs.HeldOutLoss(data=held_out)
             per_item = gs.evaluate(pool, gs.train_on(pool, ids, training, seed=seed), [metric]).results[0].figures[0]
             losses.append(np.mean(list(per_item.per_item.values())))
-    expected = np.mean(losses[1::2]) - np.mean(losses[::2])
+    random = [losses[1], losses[3], losses[4]]
+    expected = np.mean(random) - np.mean(losses[:3:2])
+    assert (column.spread, column.drawn) == (pytest.approx(np.std(random, ddof=1) * (1 + 1 / 3) ** 0.5), 3)
     assert column.values["knowing +1"].value == pytest.approx(expected, abs=1e-9)
     assert expected != 0
     leaky = bench(pool, target, [Knowing()], settings=settings.model_copy(update={"test": write_rows(

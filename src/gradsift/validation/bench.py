@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from itertools import product
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -95,7 +94,7 @@ class Bench(Settings):
     removed: shares of the highest-scored rows that are left out.
     removed_for: whom these rank first for: all targets together, or each `subtask` (a class) by itself, whose own loss
         is then measured.
-    removals: as often as many random rows are left out instead.
+    removals: as often as many random rows are left out, or trained on, instead.
     test: examples that are neither in the pool nor in the target: their loss is what `train` measures. `rest_of_target`
         is what `target_sample` leaves of the target.
     test_columns: of `test`, where they are not the usual ones.
@@ -179,6 +178,11 @@ class Bench(Settings):
             )
         return (*others, next((one for one in self.methods if one.by_chance), Random()))
 
+    @property
+    def random_seeds(self) -> list[int]:
+        """Seeds of random choices that `train` trains on, and of those trainings: its own first."""
+        return [*self.seeds, *range(max(self.seeds) + 1, max(self.seeds) + 1 + self.removals - len(self.seeds))]
+
     def trainings(self, available: int, subtasks: Sequence[str] | None) -> dict[Measure, list[tuple[int, int]]]:
         """At most, of each measure: how many, and the rows of each that are not left out, of so many that there are."""
         count = len(self.judged)
@@ -186,7 +190,10 @@ class Bench(Settings):
         found: dict[Measure, list[tuple[int, int]]] = {
             "lds": [(len(self.shares) * self.subsets * (1 + len(_OTHER_SEEDS)), available)],
             "qld": [(len(self.removed) * ((count - 1) * groups + self.removals), available)],
-            "train": [(count * len(self.seeds), budget_count(budget, available)) for budget in self.budgets],
+            "train": [
+                ((count - 1) * len(self.seeds) + len(self.random_seeds), budget_count(budget, available))
+                for budget in self.budgets
+            ],
         }
         return {name: own for name, own in found.items() if name in self.asked}
 
@@ -552,10 +559,8 @@ class Judgement:
             of = {label: partial(rise, one, random) for label, one in zip(self.scores, own, strict=True)}
             units, over = self._drawn(np.arange(len(groups)))
             title, over = f"best {_percent(share)}", f"{over} and random draws"
-            each = random @ np.eye(int(groups.max()) + 1)[groups] / len(groups)  # [draw group]
-            varies = each.var(axis=0, ddof=1).sum() + each.sum(axis=1).var(ddof=1) / count
-            by_chance: dict[str, Any] = {"chance": 0.0, "spread": float(np.sqrt(varies)), "drawn": count}
-            found.append(self._column("qld", "QLD", title, of, units, over, beside=count, **by_chance))
+            more = {"beside": count, **_by_draws(random, groups)}
+            found.append(self._column("qld", "QLD", title, of, units, over, **more))
         return found
 
     def _ranked_for(self, label: str, groups: Units) -> list[NDArray[np.float64]]:
@@ -681,31 +686,29 @@ class Judgement:
         """How much lower the held-out loss is after training on the best-scored rows than on random ones."""
         settings, pool, found = self.settings, self._pool_of_tasks, []
         training = SmoothTraining().plain(pool)
-        rows, labels = np.flatnonzero(self.available), list(self.scores)
+        rows, (*labels, by_chance) = np.flatnonzero(self.available), self.scores
         for budget in settings.budgets:
-            size = budget_count(budget, len(rows))
-            chosen = {label: self._best(self.whole[label], size) for label in labels[:-1]}
-            tasks = []
-            for label, seed in product(labels, settings.seeds):
+            size, count = budget_count(budget, len(rows)), len(settings.random_seeds)
+            choices = [
+                (label, seed, self._best(self.whole[label], size)) for label in labels for seed in settings.seeds
+            ]
+            for seed in settings.random_seeds:
                 drawn = np.random.default_rng([self.seed, size, seed]).choice(rows, size, replace=False)
-                ids = pool.data.ids.take(chosen.get(label, drawn))
+                choices.append((by_chance, seed, drawn))
+            tasks = []
+            for label, seed, chosen in choices:
                 what = f"bench: training on {size} rows ({label}, seed {seed})"
+                ids = pool.data.ids.take(chosen)
                 tasks.append(_Fitted(pool, tuple(ids), training, seed, what, self.held_out))
             told = f"bench: training on {size} rows"
             losses: dict[int, dict[str, float]] = dict(self._worked(tasks, told, "training"))
             items = sorted(losses[0])
-            each = np.array([[losses[n][item] for item in items] for n in range(len(tasks))])
-            each = each.reshape(len(labels), len(settings.seeds), len(items))  # [method seed item]
-            gained = each[-1].mean(axis=0) - each[:-1].mean(axis=1)
-            own_gain = each[-1].mean(axis=0) - each[-1, 0]  # how far one random choice is from several
-            of = {label: partial(_mean_of, one) for label, one in zip(labels, [*gained, own_gain], strict=True)}
-            title = f"best {_percent(budget)}" if budget < 1 else f"best {size}"
-            count = len(settings.seeds)  # of random choices, one for each
-            varies = each[-1].mean(axis=1).var(ddof=1) * (1 + 1 / count) if count > 1 else np.nan
-            by_chance: dict[str, Any] = {"chance": 0.0, "spread": float(np.sqrt(varies)), "drawn": count}
-            found.append(
-                self._column("train", "Trained on the best-scored", title, of, len(items), "items", **by_chance)
-            )
+            each = -np.array([[losses[n][item] for item in items] for n in range(len(tasks))])
+            own, random = each[:-count].reshape(len(labels), -1, len(items)).mean(axis=1), each[-count:]
+            of = {label: partial(rise, one, random) for label, one in zip(self.scores, [*own, random[0]], strict=True)}
+            part, title = "Trained on the best-scored", f"best {_percent(budget)}" if budget < 1 else f"best {size}"
+            more = {"beside": count, **_by_draws(random, np.zeros(len(items), dtype=np.int64))}
+            found.append(self._column("train", part, title, of, len(items), "items and random draws", **more))
         return found
 
     def _self(self) -> list[Column]:
@@ -904,6 +907,13 @@ def _spread(kind: Callable[..., NDArray[np.float64]], wanted: NDArray[np.bool_])
         each.append(kind(scores, np.tile(sets, len(drawn))).reshape(len(drawn), -1))
     variances = np.concatenate(each).var(axis=0, ddof=1)
     return float(np.sqrt((variances * (counts / counts.sum()) ** 2).sum()))
+
+
+def _by_draws(random: NDArray[np.float64], groups: Units) -> dict[str, Any]:
+    """How a difference to the mean of random draws `[draw unit]` varies, where it is of another draw for each group."""
+    each = random @ np.eye(int(groups.max()) + 1)[groups] / len(groups)  # [draw group]
+    varies = each.var(axis=0, ddof=1).sum() + each.sum(axis=1).var(ddof=1) / len(each)
+    return {"chance": 0.0, "spread": float(np.sqrt(varies)), "drawn": len(each)}
 
 
 def _of_rows(

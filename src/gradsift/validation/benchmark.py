@@ -30,7 +30,7 @@ _READING = {
     "without those left out; other seeds: the mean loss of two further trainings.",
     "qld": "How many nats more a target's loss rises without the highest-scored rows than without as many random ones.",
     "train": "How many nats lower the loss of held-out examples is after training on the best-scored rows than on as "
-    "many random ones, mean over seeds; the intervals leave out how trainings vary.",
+    "many random ones, mean over seeds.",
     "self": "A copy of a target, put among some of the pool's rows, should rank first for it; scores from two "
     "projections of half the width should order the rows alike (Spearman). The error is the root mean square of what "
     "is off in the cosines of stored rows with targets', measured on a few rows: lower is better. None of these says "

@@ -228,6 +228,8 @@ def _nothing_usable(
     advice = "" if WANTED in first.detail else f" Wanted rows with {WANTED}."
     if first.reason == "missing_columns" and advised(columns):
         advice += f" Did you mean {option} {advised(columns)}?"
+        if what == "target":
+            advice += " Where the target is prompts without answers, give --reward, or add answers."
     elif option not in first.detail:
         advice += f" Name other columns with {option} prompt=NAME,completion=NAME."
     else:

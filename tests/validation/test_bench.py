@@ -19,7 +19,7 @@ import pytest
 import gradsift as gs
 from gradsift.base.errors import ConfigError
 from gradsift.base.resampling import Estimate
-from gradsift.base.types import Example
+from gradsift.base.types import Example, Skipped
 from gradsift.data.load import ExampleReader
 from gradsift.gradients import collect
 from gradsift.influence.replay import Replay
@@ -163,12 +163,19 @@ def test_removals_by_chance_are_not_recommended(monkeypatch: pytest.MonkeyPatch)
 
 def test_targets_name_the_rows_that_they_need(opened: tuple[gs.Pool, gs.Target]) -> None:
     """Classes may have another column in the target than in the pool, inside another one; where none has any it is
-    said."""
+    said, and which rows are named that are not there. A target that needs all tells nothing, and spoils no other."""
     pool, _ = opened
-    needs = [["p00", "p03"], ["p05"], None]
-    rows = [row | {"about": {"needs": own}} for row, own in zip(target_rows(3), needs, strict=True)]
-    judge = Judgement(pool, gs.open_target(rows, pool), Bench(class_column="id=about.needs"))
-    assert [np.flatnonzero(own).tolist() for own in judge.of_class.T] == [[0, 3], [5], []]
+    needs = [["p00", "p03", "p99"], ["p05"], None, list(pool.data.ids)]
+    rows = [row | {"about": {"needs": own}} for row, own in zip(target_rows(4), needs, strict=True)]
+    judge = Judgement(pool, gs.open_target(rows, pool), Bench(class_column="id=about.needs", top=2))
+    assert [np.flatnonzero(own).tolist() for own in judge.of_class.T] == [[0, 3], [5], [], [*range(24)]]
+    assert judge.warnings == [
+        "targets of whose id=about.needs the pool has no row are left out: 1 of 4, first 't2'",
+        "targets of whose id=about.needs the pool has no other row are left out: 1 of 4, first 't3'",
+        "1 of 25 rows that targets name are not there, first 'p99': the pool has no such row",
+    ]
+    judge.scores = {"right": judge.of_class.astype(float), "random": np.zeros(judge.of_class.shape)}
+    assert [column.above("right") for column in judge._recall()] == [True] * 4
     without = gs.open_target([row | {"about": {"needs": []}} for row in target_rows(3)], pool)
     with pytest.raises(
         ConfigError, match=r"no row of the pool has the value of a target; .* and 16 more, the target none"
@@ -455,6 +462,22 @@ def test_costs_are_those_of_a_method_alone(opened: tuple[gs.Pool, gs.Target], tm
         kept[number] = {label: cost.bytes for label, cost in found.costs.items()}
     for alone, method in enumerate(methods[2:]):
         assert kept[2][method.label] == pytest.approx(kept[alone][method.label], rel=0.1)
+
+
+def test_costs_are_of_what_scores_rest_on(opened: tuple[gs.Pool, gs.Target], tmp_path: Path) -> None:
+    """Another warm-up has costs of its own, and what was there before anything was measured is named."""
+    pool, target = opened
+    pool = replace(pool, run=gs.Run(str(tmp_path)), adapters=(), training=pool.data)
+    less, settings = gs.LESS(checkpoints="last"), Bench(class_column="source", top=3)
+    first = bench(pool, target, less, settings=settings)
+    other = replace(pool, warmup=pool.warmup.model_copy(update={"rank": 3}))
+    gs.score(other, target, less)
+    second = bench(other, target, less, settings=settings)
+    assert second.costs["LESS (last checkpoint)"] != first.costs["LESS (last checkpoint)"]
+    said = "costs lack what was there already: the warm-up, the rows at checkpoint 1; another --out measures all"
+    assert (said in first.warnings, said in second.warnings) == (False, True)
+    around = replace(target, overlap=(Skipped("p00", "overlap", ""),))
+    assert Judgement(pool, around, settings).done_key != Judgement(pool, target, settings).done_key
 
 
 def test_costs_of_interrupted_attempts_are_counted(

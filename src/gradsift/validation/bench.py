@@ -42,12 +42,12 @@ from gradsift.influence.estimator import (
 )
 from gradsift.influence.estimators import AnyEstimator
 from gradsift.influence.less import LESS
+from gradsift.influence.prompts import PromptTarget
 from gradsift.influence.random import Random
 from gradsift.influence.replay import Losses, Replay
 from gradsift.influence.scores import Scores, score
 from gradsift.influence.smooth import SmoothTraining, groups_of, training_sequences
 from gradsift.influence.states import RDSPlus
-from gradsift.model.models import model_identity
 from gradsift.selection.select import budget_count
 from gradsift.store.manifest import Record, fingerprint, read_if_whole
 from gradsift.validation.benchmark import Benchmark, Column, Cost, Measure
@@ -343,12 +343,12 @@ class Judgement:
 
     def _collected(self, pool: Pool, training: Sequence[Estimator], found: dict[str, Cost]) -> None:
         """Puts what they cost into `found`."""
-        warmup = ["warm-up", pool.warmup.model_dump(mode="json"), pool.seed]
-        checkpoints, trained = self._timed(warmup, pool.checkpoints)
+        checkpoints, trained = self._timed(["warm-up", *self._trained], pool.checkpoints)
         found |= {method.label: trained for method in training}
         readers = [method for method in training if method.view is not None]
         targets = {method.label: method.targets(pool, self.target) for method in readers}
         rows = full_sums(pool) if any(method.full_sum for method in readers) else pool
+        before = ["the warm-up"] if not trained.bytes and not pool.adapters else []
         for number, checkpoint in enumerate(checkpoints):
             last = number == len(checkpoints) - 1
             reading = [method for method in readers if last or not method.last_checkpoint]
@@ -357,6 +357,7 @@ class Judgement:
             views = views_read(reading)
             config = [fingerprint(pool.at(checkpoint).config(pool.data, view)) for view in views]
             _, pass_ = self._timed(["rows", config], partial(rows.stores, checkpoint, views))
+            before += [f"the rows at checkpoint {number + 1}"] * (not pass_.bytes)
             cost = Cost(pass_.seconds, pass_.bytes // max(1, len(views)))
             found |= {label: found[label] + cost for label in {method.label for method in reading}}
             asked = {  # responses of a policy are drawn where its own method is scored, which they are counted to
@@ -368,6 +369,8 @@ class Judgement:
                 wanted = sorted(view for own, view in asked if own is source)
                 if len(wanted) > 1:
                     rows.collect(source, checkpoint, wanted, what="target")
+        if before:
+            self._warn(f"costs lack what was there already: {', '.join(before)}; another --out measures all")
 
     def _timed(self, what: Any, work: Callable[[], _Found]) -> tuple[_Found, Cost]:
         """What it makes, with what that took when it was first made, attempts that were interrupted included."""
@@ -398,8 +401,8 @@ class Judgement:
         """Its scores, and what they cost with all that they rest on, whichever method was first to make that."""
         pool = self.pool
         before = [self._scored(one, shared)[1] for one in method.before]
-        work = [method.model_dump(mode="json"), pool.data.fingerprint, self.target.data.fingerprint, pool.seed]
-        found, own = self._timed(["scores", work], partial(score, pool, self.target, method))
+        work = ["scores", method.model_dump(mode="json"), *self._basis]
+        found, own = self._timed(work, partial(score, pool, self.target, method))
         return found, sum([*before, own], shared.get(method.label, Cost(0.0, 0)))
 
     def _placed(self, found: Scores, pool: Pool | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -427,18 +430,41 @@ class Judgement:
             for cells in (rows, targets)
         )
         wanted: NDArray[np.bool_] = of_rows @ of_targets.T > 0
-        there = wanted[self.available]
-        lacking = np.flatnonzero(~there.any(axis=0)).tolist()
-        if len(lacking) == len(targets) or there.all():
-            having = "no row of the pool has" if lacking else "every row of the pool has"
+        lacking, (told,) = np.flatnonzero(~wanted[self.available].any(axis=0)), self._told(wanted).nonzero()
+        if not len(told):
+            having = "no row of the pool has" if len(lacking) else "every row of the pool has"
             found = f"the pool has {_some(set().union(*rows))}, the target {_some(known)}"
-            raise ConfigError(f"class_column {name!r} tells no rows apart: {having} the value of a target; {found}")
-        if lacking:
-            self.warnings.append(
-                f"targets of whose {name} the pool has no row are left out: {len(lacking)} of {len(targets)}, first "
-                f"{self.target.data.ids[lacking[0]]!r}"
-            )
+            tells = f"class_column {name!r} tells no rows apart: {having} the value of a target; {found}"
+            raise ConfigError("; ".join([tells, *self._lost(rows, known)]))
+        for left_out, of in (
+            (lacking, "has no row"),
+            (sorted({*range(len(targets))}.difference(told.tolist(), lacking.tolist())), "has no other row"),
+        ):
+            if len(left_out):
+                self.warnings.append(
+                    f"targets of whose {name} the pool {of} are left out: {len(left_out)} of {len(targets)}, first "
+                    f"{self.target.data.ids[left_out[0]]!r}"
+                )
+        self.warnings += self._lost(rows, known)
         return wanted
+
+    def _lost(self, rows: Sequence[frozenset[str]], known: Collection[str]) -> list[str]:
+        """What to say of rows that targets name by their ids and that are not among those that are judged."""
+        if rows[0] != {self.pool.data.ids[0]}:
+            return []
+        lost = sorted(set(known).difference(*(rows[row] for row in np.flatnonzero(self.available))))
+        left_out = (*self.pool.training.account.rows, *self.target.overlap) if lost else ()
+        why = {one.id: one.detail for one in left_out}
+        return [
+            f"{len(lost)} of {len(known)} rows that targets name are not there, first {first!r}: "
+            + why.get(first, "the pool has no such row")
+            for first in lost[:1]
+        ]
+
+    def _told(self, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Of which targets some rows are wanted and others are not, `[target]`."""
+        there = wanted[self.available]
+        return np.asarray(there.any(axis=0) & ~there.all(axis=0))
 
     @cached_property
     def marked(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -470,7 +496,7 @@ class Judgement:
 
     def _recall(self) -> list[Column]:
         """AUC, recall at the class's size, Recall@k and MRR, over the classes of targets."""
-        having = self.of_class[self.available].any(axis=0)
+        having = self._told(self.of_class)
         wanted = self.of_class[self.available][:, having]
         count, top = len(wanted), self.settings.top
         kinds: dict[str, Callable[..., NDArray[np.float64]]] = {
@@ -660,15 +686,27 @@ class Judgement:
         return replace(self.pool, reporter=silent(), engine=LOCAL)
 
     @property
+    def _trained(self) -> list[Any]:
+        """What checkpoints rest on, beside the run folder's model and pool."""
+        pool = self.pool
+        return [pool.warmup.model_dump(mode="json"), pool.adapters, pool.dtype, pool.seed]
+
+    @property
+    def _basis(self) -> list[Any]:
+        """What scores rest on, beside the method and the run folder's model and pool."""
+        pool, target = self.pool, self.target
+        return [
+            *self._trained, pool.gradients.model_dump(mode="json"), pool.data.fingerprint, target.data.fingerprint,
+            target.subtasks, [skip.id for skip in target.overlap],
+            target.reward_identity() if isinstance(target, PromptTarget) else None,
+        ]  # fmt: skip
+
+    @property
     def done_key(self) -> str:
-        """Where it is noted that this benchmark has ended: of its pool, target, training, methods and measures."""
-        pool, settings = self.pool, self.settings
-        of_pool = {"warmup": pool.warmup, "gradients": pool.gradients}
+        """Where it is noted that this benchmark has ended: of what scores rest on, methods and measures."""
+        settings = self.settings
         identity: list[Any] = [
-            pool.data.fingerprint, self.target.data.fingerprint, list(self.target.subtasks or ()),
-            model_identity(pool.model), pool.dtype, pool.adapters, pool.seed,
-            {name: one.model_dump(mode="json") for name, one in of_pool.items()},
-            settings.model_dump(mode="json", exclude={"methods"}),
+            *self._basis, settings.model_dump(mode="json", exclude={"methods"}),
             [method.model_dump(mode="json") for method in settings.judged],
         ]  # fmt: skip
         if "train" in settings.asked:

@@ -24,6 +24,7 @@ from gradsift.data.load import ExampleReader
 from gradsift.gradients import collect
 from gradsift.influence.replay import Replay
 from gradsift.jobs.bench import planted
+from gradsift.jobs.select_explain import RestOfTarget
 from gradsift.recipe import Recipe
 from gradsift.validation.bench import Bench, Judgement, _mean_of, _spread, bench, classed, self_pools
 from gradsift.validation.benchmark import Benchmark, Column, Cost
@@ -477,7 +478,15 @@ def test_costs_are_of_what_scores_rest_on(opened: tuple[gs.Pool, gs.Target], tmp
     said = "costs lack what was there already: the warm-up, the rows at checkpoint 1; another --out measures all"
     assert (said in first.warnings, said in second.warnings) == (False, True)
     around = replace(target, overlap=(Skipped("p00", "overlap", ""),))
-    assert Judgement(pool, around, settings).done_key != Judgement(pool, target, settings).done_key
+    some, more = (
+        settings.model_copy(update={"measures": ("train",), "test": RestOfTarget(target_rows(count))})
+        for count in (3, 4)
+    )
+    keys = [
+        Judgement(pool, asked, own).done_key
+        for asked, own in ((target, settings), (around, settings), (target, some), (target, more))
+    ]
+    assert len(set(keys)) == 4
 
 
 def test_costs_of_interrupted_attempts_are_counted(
@@ -625,7 +634,7 @@ def test_shares_are_said_as_people_say_them(tmp_path: Path) -> None:
     assert Bench(shares=["2%", 0.1], removed=["5 %"]).model_dump(include={"shares", "removed"}) == {
         "shares": (0.02, 0.1), "removed": (0.05,),
     }  # fmt: skip
-    with pytest.raises(ConfigError, match="between 0 and 1"):
+    with pytest.raises(ConfigError, match="shares: wanted shares of the pool between 0 and 1"):
         Bench(shares=[2])
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from gradsift.base.attempts import Stopped, attempted
 from gradsift.base.errors import ConfigError, DataError
@@ -128,9 +128,9 @@ class Bench(Settings):
 
     @field_validator("shares", "removed")
     @classmethod
-    def _shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+    def _shares(cls, value: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         if not value or not all(0 < share < 1 for share in value):
-            raise ConfigError("wanted shares of the pool between 0 and 1, such as 0.1 or 10%")
+            raise ConfigError(f"{info.field_name}: wanted shares of the pool between 0 and 1, such as 0.1 or 10%")
         return value
 
     @property
@@ -452,7 +452,7 @@ class Judgement:
         """What to say of rows that targets name by their ids and that are not among those that are judged."""
         if rows[0] != {self.pool.data.ids[0]}:
             return []
-        lost = sorted(set(known).difference(*(rows[row] for row in np.flatnonzero(self.available))))
+        lost = sorted(set(known).difference(*(rows[row] for row in np.flatnonzero(self.available).tolist())))
         left_out = (*self.pool.training.account.rows, *self.target.overlap) if lost else ()
         why = {one.id: one.detail for one in left_out}
         return [
@@ -706,7 +706,7 @@ class Judgement:
         """Where it is noted that this benchmark has ended: of what scores rest on, methods and measures."""
         settings = self.settings
         identity: list[Any] = [
-            *self._basis, settings.model_dump(mode="json", exclude={"methods"}),
+            *self._basis, settings.model_dump(mode="json", exclude={"methods", "test", "test_columns"}),
             [method.model_dump(mode="json") for method in settings.judged],
         ]  # fmt: skip
         if "train" in settings.asked:

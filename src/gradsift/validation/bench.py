@@ -411,8 +411,11 @@ class Judgement:
         places = data.ids.positions(found.ids)
         whole = np.full(len(data), -np.inf)
         whole[places] = found.aggregate
-        each = np.full((len(whole), len(self.target.data)), -np.inf)
-        each[places] = found.aggregate[:, None] if found.per_target is None else found.per_target
+        count = len(self.target.data)
+        if found.per_target is None:
+            return np.broadcast_to(whole[:, None], (len(whole), count)), whole
+        each = np.full((len(whole), count), -np.inf)
+        each[places] = found.per_target
         return each, whole
 
     # --- by what is known ---------------------------------------------------------------------------------------------
@@ -425,16 +428,18 @@ class Judgement:
             [*map(_said, data.column(own))] for data, own in zip(both, self.settings.class_columns, strict=True)
         )
         known = sorted(set().union(*targets))
-        of_rows, of_targets = (
-            np.array([[one in own for one in known] for own in cells], dtype=np.float32).reshape(len(cells), len(known))
-            for cells in (rows, targets)
-        )
-        wanted: NDArray[np.bool_] = of_rows @ of_targets.T > 0
+        having: dict[str, list[int]] = {}
+        for row, own in enumerate(rows):
+            for value in own:
+                having.setdefault(value, []).append(row)
+        wanted = np.zeros((len(rows), len(targets)), dtype=bool)
+        for target, own in enumerate(targets):
+            wanted[[row for value in own for row in having.get(value, ())], target] = True
         lacking, (told,) = np.flatnonzero(~wanted[self.available].any(axis=0)), self._told(wanted).nonzero()
         if not len(told):
-            having = "no row of the pool has" if len(lacking) else "every row of the pool has"
+            who = "no row of the pool has" if len(lacking) else "every row of the pool has"
             found = f"the pool has {_some(set().union(*rows))}, the target {_some(known)}"
-            tells = f"class_column {name!r} tells no rows apart: {having} the value of a target; {found}"
+            tells = f"class_column {name!r} tells no rows apart: {who} the value of a target; {found}"
             raise ConfigError("; ".join([tells, *self._lost(rows, known)]))
         for left_out, of in (
             (lacking, "has no row"),

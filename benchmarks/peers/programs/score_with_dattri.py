@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM
 
-BATCH = 90  # of the pool; all targets' gradients are taken again for each of its batches
+BATCH = 8  # 0.7 GB for each row; all targets' gradients are taken again for each batch of the pool
 
 
 def rows(path: Path, width: int) -> TensorDataset:
@@ -56,7 +56,7 @@ def main() -> None:
     state = {name: value.detach() for name, value in model.state_dict().items()}
     task = AttributionTask(loss, model, [state])
     attributor = TracInAttributor(task, torch.ones(1), normalized_grad=True, layer_name=trained)
-    found = attributor.attribute(DataLoader(pool, BATCH), DataLoader(targets, len(targets)))
+    found = attributor.attribute(DataLoader(pool, BATCH), DataLoader(targets, BATCH))
     np.save(Path(folder, "scores.npy"), found.numpy())
 
 

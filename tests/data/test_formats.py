@@ -130,8 +130,9 @@ def test_unknown_columns_are_advised() -> None:
     assert str(caught.value).count("`conversations` (from, value)") == 1
     with pytest.raises(DataError, match=r"Did you mean --target-columns messages=messages\?"):
         load_examples([{"messages": CHAT}], columns={"prompt": "question", "completion": "answer"}, what="target")
-    with pytest.raises(DataError, match=r"prompts without answers, give --reward, or add answers\."):
-        load_examples([{"prompt": "a", "label": "b"}], what="target")
+    for row in ({"prompt": "a", "label": "b"}, {"messages": CHAT[:1]}):
+        with pytest.raises(DataError, match=r"Prompts without answers need a --reward, or answers\."):
+            load_examples([row], what="target")
 
 
 @pytest.mark.parametrize(

@@ -695,7 +695,7 @@ def test_one_target_tells_nothing_apart(opened: tuple[gs.Pool, gs.Target]) -> No
     same however a file writes it; a target without a class is left out, and a subtask with others like it.
     """
     pool, _ = opened
-    rows = [row | {"source": (None, 1.0, ["2"], ["1", 3])[n % 4]} for n, row in enumerate(pool_rows())]
+    rows = [row | {"source": (None, 1.0, "['2', p]", '["1", 3]')[n % 4]} for n, row in enumerate(pool_rows())]
     named = [row | {"source": (1, None, [7.0, True, "1.0"])[n % 3]} for n, row in enumerate(target_rows(6))]
     own = replace(pool, data=gs.open_pool(rows, model=pool.model, out=f"{pool.run.place}-classes", max_length=64).data)
     for count, said in ((1, "No method is told apart"), (6, "Use knows")):
@@ -724,7 +724,7 @@ class Parted(gs.Estimator):
 
     def influence(self, pool: gs.Pool, target: gs.Target | None) -> gs.Influence:
         assert target is not None
-        of_class = np.array([value in (1, ["1", 3]) for value in pool.data.column("source")], dtype=np.float32)
+        of_class = np.array([value in (1, '["1", 3]') for value in pool.data.column("source")], dtype=np.float32)
         return gs.Influence(list(pool.data.ids), np.repeat(of_class[:, None], len(target.data), axis=1))
 
 

@@ -228,12 +228,12 @@ def _nothing_usable(
     advice = "" if WANTED in first.detail else f" Wanted rows with {WANTED}."
     if first.reason == "missing_columns" and advised(columns):
         advice += f" Did you mean {option} {advised(columns)}?"
-        if what == "target":
-            advice += " Where the target is prompts without answers, give --reward, or add answers."
     elif option not in first.detail:
         advice += f" Name other columns with {option} prompt=NAME,completion=NAME."
     else:
         advice = ""
+    if what == "target" and first.reason in ("missing_columns", "no_assistant_turn"):
+        advice += " Prompts without answers need a --reward, or answers."
     return (
         f"{what}: none of the {skipped.total():,} rows of {name} can be used ({counts}). Columns found: {found}. "
         f"First problem, {first.source}:{first.line}: {first.detail}.{advice}{beside}"

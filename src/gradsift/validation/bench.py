@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -912,14 +915,19 @@ class _KeptCost(Record):
 
 
 def _said(value: Any) -> frozenset[str]:
-    """What a cell says, of a list each of its values, however a file has written them: true and false, whole numbers of
-    a column in which some are missing. Nothing of nothing.
+    """What a cell says, of a list each of its values, however a file has written them: lists of a csv file, true and
+    false, whole numbers of a column in which some are missing. Nothing of nothing.
     """
     if isinstance(value, list | tuple | np.ndarray):
         return frozenset().union(*map(_said, value))
     if value is None or value != value:
         return frozenset()
-    text = re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
+    text = str(value).strip()
+    if text.startswith("[") and text.endswith("]"):
+        for read in (json.loads, yaml.safe_load):  # the second also reads what Python writes
+            with suppress(ValueError, RecursionError, yaml.YAMLError):
+                return _said(read(text))
+    text = re.sub(r"^(-?\d+)\.0+$", r"\1", text)
     return frozenset({text.lower() if text.lower() in ("true", "false") else text} - {""})
 
 

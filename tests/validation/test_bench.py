@@ -447,8 +447,8 @@ def test_rows_are_taken_in_one_pass(opened: tuple[gs.Pool, gs.Target], monkeypat
     assert passes[3:] == [("plain",)]
     seconds = {label: cost.seconds for label, cost in found.costs.items()}
     assert min(seconds[method.label] for method in methods) > seconds["random (seed 0)"]
-    again = bench(pool, target, methods, settings=Bench(class_column="source"))
-    assert again.costs == found.costs
+    fewer = bench(pool, target, methods[:2], settings=Bench(class_column="source"))
+    assert fewer.costs.items() <= found.costs.items()
 
 
 def test_costs_are_those_of_a_method_alone(opened: tuple[gs.Pool, gs.Target], tmp_path: Path) -> None:

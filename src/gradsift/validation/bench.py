@@ -346,7 +346,7 @@ class Judgement:
 
     def _collected(self, pool: Pool, training: Sequence[Estimator], found: dict[str, Cost]) -> None:
         """Puts what they cost into `found`."""
-        checkpoints, trained = self._timed(["warm-up", *self._trained], pool.checkpoints)
+        checkpoints, (trained,) = self._timed([["warm-up", *self._trained]], pool.checkpoints)
         found |= {method.label: trained for method in training}
         readers = [method for method in training if method.view is not None]
         targets = {method.label: method.targets(pool, self.target) for method in readers}
@@ -358,11 +358,11 @@ class Judgement:
             if not reading:
                 continue
             views = views_read(reading)
-            config = [fingerprint(pool.at(checkpoint).config(pool.data, view)) for view in views]
-            _, pass_ = self._timed(["rows", config], partial(rows.stores, checkpoint, views))
-            before += [f"the rows at checkpoint {number + 1}"] * (not pass_.bytes)
-            cost = Cost(pass_.seconds, pass_.bytes // max(1, len(views)))
-            found |= {label: found[label] + cost for label in {method.label for method in reading}}
+            whats = [["rows", fingerprint(pool.at(checkpoint).config(pool.data, view))] for view in views]
+            _, costs = self._timed(whats, partial(rows.stores, checkpoint, views))
+            before += [f"the rows at checkpoint {number + 1}"] * (not all(cost.bytes for cost in costs))
+            of = dict(zip(views, costs, strict=True))
+            found |= {one.label: found[one.label] + of[one.view] for one in reading if one.view is not None}
             asked = {  # responses of a policy are drawn where its own method is scored, which they are counted to
                 (source, target_view(method.view))
                 for method in reading
@@ -375,21 +375,28 @@ class Judgement:
         if before:
             self._warn(f"costs lack what was there already: {', '.join(before)}; another --out measures all")
 
-    def _timed(self, what: Any, work: Callable[[], _Found]) -> tuple[_Found, Cost]:
-        """What it makes, with what that took when it was first made, attempts that were interrupted included."""
-        run, key = self.pool.run, f"bench/cost-{fingerprint(what)}.json"
-        kept = read_if_whole(run.storage, key, _KeptCost, sealed=True) or {"seconds": 0.0, "bytes": 0, "done": False}
-        cost, done = Cost(kept["seconds"], kept["bytes"]), False
-        if kept.get("done", True):
-            return work(), cost
-        before, began = _bytes_in(self.pool), time.monotonic()
+    def _timed(self, whats: Sequence[Any], work: Callable[[], _Found]) -> tuple[_Found, list[Cost]]:
+        """What work makes of each of these, with what that took when it was first made, attempts that were interrupted
+        included.
+        """
+        run, keys = self.pool.run, [f"bench/cost-{fingerprint(what)}.json" for what in whats]
+        nothing: dict[str, Any] = {"seconds": 0.0, "bytes": 0, "done": False}
+        kept = [read_if_whole(run.storage, key, _KeptCost, sealed=True) or nothing for key in keys]
+        costs = [Cost(one["seconds"], one["bytes"]) for one in kept]
+        missing = [number for number, one in enumerate(kept) if not one.get("done", True)]
+        if not missing:
+            return work(), costs
+        before, began, done = _bytes_in(self.pool), time.monotonic(), False
         try:
             made = work()
             done = True
         finally:
-            cost += Cost(time.monotonic() - began, max(0, _bytes_in(self.pool) - before))
-            run.publish_json(key, {**asdict(cost), "done": done}, sealed=True)
-        return made, cost
+            grown = max(0, _bytes_in(self.pool) - before)
+            spent = Cost(time.monotonic() - began, grown // len(missing))
+            for number in missing:
+                costs[number] += spent
+                run.publish_json(keys[number], {**asdict(costs[number]), "done": done}, sealed=True)
+        return made, costs
 
     def _score(self, method: Estimator, shared: Mapping[str, Cost]) -> None:
         made = attempted("scores", partial(self._scored, method, shared))
@@ -405,7 +412,7 @@ class Judgement:
         pool = self.pool
         before = [self._scored(one, shared)[1] for one in method.before]
         work = ["scores", method.model_dump(mode="json"), *self._basis]
-        found, own = self._timed(work, partial(score, pool, self.target, method))
+        found, (own,) = self._timed([work], partial(score, pool, self.target, method))
         return found, sum([*before, own], shared.get(method.label, Cost(0.0, 0)))
 
     def _placed(self, found: Scores, pool: Pool | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

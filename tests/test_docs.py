@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 RECIPES = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("benchmarks/*.yaml")])
 # In the order in which a reader meets them: each page goes on with the names of those before.
-PYTHON = ("README.md", "docs/how-to-choose.md", "docs/bring-your-own-data.md", "docs/your-own-training.md",
+PYTHON = ("README.md", "docs/bring-your-own-data.md", "docs/your-own-training.md",
           "docs/run-folder.md")  # fmt: skip
 
 
@@ -261,10 +261,8 @@ def test_python_examples_run(
     world = importlib.import_module("tiny_world")
     monkeypatch.chdir(tmp_path)
     folder = world.save_model(tmp_path / "model")
-    targets = world.target_rows(12)
     world.write_rows(tmp_path / "pool.jsonl", world.pool_rows(40))
-    world.write_rows(tmp_path / "math.jsonl", targets[:4])
-    world.write_rows(tmp_path / "heldout.jsonl", targets[4:])
+    world.write_rows(tmp_path / "math.jsonl", world.target_rows(4))
     names: dict[str, Any] = {}
     for page in PYTHON:
         if page == "docs/your-own-training.md":  # what its reader has trained

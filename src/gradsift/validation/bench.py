@@ -742,9 +742,8 @@ class Judgement:
         rows, (*labels, by_chance) = np.flatnonzero(self.available), self.scores
         for budget in settings.budgets:
             size, count = budget_count(budget, len(rows)), len(settings.random_seeds)
-            choices = [
-                (label, seed, self._best(self.whole[label], size)) for label in labels for seed in settings.seeds
-            ]
+            best = {label: self._best(self.whole[label], size) for label in labels}
+            choices = [(label, seed, best[label]) for label in labels for seed in settings.seeds]
             for seed in settings.random_seeds:
                 drawn = np.random.default_rng([self.seed, size, seed]).choice(rows, size, replace=False)
                 choices.append((by_chance, seed, drawn))

@@ -477,6 +477,10 @@ def test_costs_are_of_what_scores_rest_on(opened: tuple[gs.Pool, gs.Target], tmp
     assert second.costs["LESS (last checkpoint)"] != first.costs["LESS (last checkpoint)"]
     said = "costs lack what was there already: the warm-up, the rows at checkpoint 1; another --out measures all"
     assert (said in first.warnings, said in second.warnings) == (False, True)
+    both = settings.model_copy(update={"measures": ("recall", "self")})
+    for own in self_pools(other, target, both)[0]:  # whose costs are nowhere shown
+        gs.score(own, target, less, views=())
+    assert bench(other, target, less, settings=both).warnings.count(said) == 1
     around = replace(target, overlap=(Skipped("p00", "overlap", ""),))
     some, more = (
         settings.model_copy(update={"measures": ("train",), "test": RestOfTarget(target_rows(count))})

@@ -372,7 +372,7 @@ class Judgement:
                 wanted = sorted(view for own, view in asked if own is source)
                 if len(wanted) > 1:
                     rows.collect(source, checkpoint, wanted, what="target")
-        if before:
+        if before and pool is self.pool:  # nobody is told what the pools of `self` cost
             self._warn(f"costs lack what was there already: {', '.join(before)}; another --out measures all")
 
     def _timed(self, whats: Sequence[Any], work: Callable[[], _Found]) -> tuple[_Found, list[Cost]]:
